@@ -1,0 +1,133 @@
+"""The one definition of every setting: a CLI flag, a Triton model parameter and a keyword are the same field."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from radix_backend.errors import InvalidArgument, Unsupported
+from radix_backend.validation import convert, show
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
+_UNITS = {
+    "": 1,
+    "K": 10**3,
+    "M": 10**6,
+    "G": 10**9,
+    "T": 10**12,
+    "KI": 2**10,
+    "MI": 2**20,
+    "GI": 2**30,
+    "TI": 2**40,
+}
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Settings of one engine. Build it with `parse` when the values come from a user."""
+
+    model: Annotated[
+        str,
+        Meta(
+            min_length=1,
+            description="a directory (Hugging Face layout), a .gguf file, a hub id, or 'embedded' (SmolLM2-135M)",
+        ),
+    ] = "embedded"
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float32"], Meta(description="of weights and KV cache; auto: bfloat16")
+    ] = "auto"
+    max_bs: Annotated[int, Meta(ge=1, le=4096, description="most requests in one step (batch size)")] = 64
+    max_batched_tokens: Annotated[
+        int, Meta(ge=16, description="token budget of a step: decodes first, the rest goes to prefill chunks")
+    ] = 512
+    context_len: Annotated[
+        Annotated[int, Meta(ge=2)] | None,
+        Meta(description="most tokens of prompt plus output; default: the model's own limit"),
+    ] = None
+    page_size: Annotated[int, Meta(ge=1, le=256, description="tokens a KV cache page")] = 16
+    gpu_memory_utilization: Annotated[
+        float,
+        Meta(gt=0, le=1, description="share of the device's free memory that weights and KV cache may fill"),
+    ] = 0.9
+    kv_cache_memory: Annotated[
+        Annotated[int, Meta(ge=1)] | None,
+        Meta(description="bytes for the KV cache ('2GiB' is understood); default: sized from what is free"),
+    ] = None
+    max_queue_size: Annotated[
+        int, Meta(ge=1, description="most requests waiting to run; one more is refused as UNAVAILABLE")
+    ] = 4096
+    tp_size: Annotated[int, Meta(ge=1, description="tensor parallel ranks")] = 1
+    pp_size: Annotated[int, Meta(ge=1, description="pipeline parallel stages")] = 1
+    disable_async_scheduling: Annotated[
+        bool, Meta(description="wait for each step's tokens before scheduling the next")
+    ] = False
+    namespace: Annotated[
+        str, Meta(description="salt of the prefix cache: engines' entries with other salts never match")
+    ] = ""
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="of the engine's log")] = (
+        "info"
+    )
+    engine_python: Annotated[str | None, Meta(description="interpreter that runs the sidecar; default: this one")] = (
+        None
+    )
+    engine_endpoint: Annotated[
+        str | None,
+        Meta(description="runtime directory of a sidecar that `radix-backend engine` started elsewhere; starts none"),
+    ] = None
+    linger: Annotated[float, Meta(ge=0, le=3600, description="seconds the sidecar outlives its last client")] = 3.0
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> EngineConfig:
+        """From JSON, Triton model parameters or flags. Raises InvalidArgument or Unsupported naming the setting."""
+        values = dict(values)
+        if isinstance(size := values.get("kv_cache_memory"), str):
+            values["kv_cache_memory"] = parse_size(size)
+        config = convert(cls, values, "setting")
+        for name in ("tp_size", "pp_size"):
+            if getattr(config, name) != 1:
+                raise Unsupported(
+                    f"setting {name!r} is {getattr(config, name)}; this version runs one rank: accepted: 1"
+                )
+        return msgspec.structs.replace(config, model=_absolute_model(config.model))
+
+    def identity(self) -> str:
+        """16 hex digits that two configurations share exactly when one sidecar can serve both."""
+        engine_side = msgspec.to_builtins(self)
+        for client_side in ("engine_python", "engine_endpoint", "linger", "log_level"):
+            del engine_side[client_side]
+        return hashlib.blake2b(json.dumps(engine_side, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def parse_size(text: str) -> int:
+    """Bytes in '2GiB', '512M', '1073741824'. Raises InvalidArgument."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise InvalidArgument(f"setting 'kv_cache_memory' is {show(text)}; accepted: bytes, or a size such as '2GiB'")
+    return int(float(match[1]) * _UNITS[(match[2] or "").upper()])
+
+
+def _absolute_model(model: str) -> str:
+    """A path is made absolute, so that the sidecar (another working directory) and every client mean the same."""
+    path = Path(model).expanduser()
+    return os.path.realpath(path) if path.exists() and model != "embedded" else model
+
+
+def radix_home() -> Path:
+    """Where caches live: ``RADIX_HOME``, by default the user's cache directory."""
+    home = os.environ.get("RADIX_HOME")
+    if home:
+        return Path(home).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "radix-backend"
+
+
+def runtime_root() -> Path:
+    """Where sockets and locks live: private to this user (0700), short enough for a unix socket path."""
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(base) / "radix-backend" if base else Path(f"/tmp/radix-backend-{os.getuid()}")

@@ -1,0 +1,77 @@
+"""What the engine and the workers say to each other. numpy only: the scheduler's floor has no torch.
+
+A request is described once (`NewRequest`); from then on a step carries deltas. Positions, lengths and last tokens
+live with the worker, indexed by the request's **slot**, and advance there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class NewRequest:
+    """A request entering the batch (also one that comes back after retraction or a restart)."""
+
+    slot: int
+    token_ids: Ints  # prompt, then the outputs generated so far
+    prompt_len: int  # where the outputs start
+    num_computed: int  # leading tokens whose KV is already in the pages it was given
+    temperature: float
+    top_k: int  # 0: no limit
+    top_p: float
+    min_p: float
+    seed: int  # 63 bits
+    min_tokens: int
+    stop_token_ids: tuple[int, ...]  # not sampled before `min_tokens` outputs
+
+
+def _empty() -> Ints:
+    return np.empty(0, dtype=np.int32)
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One step. Applied in order: new requests, then page table writes, then the rows are computed.
+
+    Row ``i`` computes the next ``num_tokens[i]`` tokens of the request in ``slots[i]``, writing their KV, and samples
+    one token after them if ``sample[i]``. The first ``num_decode`` rows are decodes: one token each, which may be the
+    one that the previous step sampled and nobody on the CPU has seen yet.
+    """
+
+    step: int
+    new: list[NewRequest] = field(default_factory=list)
+    # Page table writes: table[page_slots[j], page_index[j]] = page_ids[j]
+    page_slots: Ints = field(default_factory=_empty)
+    page_index: Ints = field(default_factory=_empty)
+    page_ids: Ints = field(default_factory=_empty)
+    slots: Ints = field(default_factory=_empty)
+    num_tokens: Ints = field(default_factory=_empty)
+    sample: npt.NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, dtype=np.bool_))
+    num_decode: int = 0
+
+
+@dataclass(frozen=True)
+class StepResult:
+    step: int
+    tokens: Ints  # one a row with `sample`, in row order
+
+
+class Worker(Protocol):
+    """Executes steps in the order they are launched. An exception from any method is fatal to the engine."""
+
+    num_pages: int  # pages in the KV pool, sized by the worker
+
+    def launch(self, plan: StepPlan) -> None:
+        """Queue a step; returns at once."""
+
+    def settle(self) -> StepResult:
+        """Wait for the oldest launched step that has not been settled."""
+
+    def close(self) -> None: ...
