@@ -38,7 +38,7 @@ def die_with_parent(parent_pid: int | None = None) -> None:
     if parent_pid is None:
         if PARENT_PID not in os.environ:
             return
-        parent_pid = int(os.environ[PARENT_PID])
+        parent_pid = int(os.environ.pop(PARENT_PID))  # not meant for what this process starts
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
@@ -66,14 +66,14 @@ def setup_logging(level: str) -> None:
 
 
 class Reporter:
-    """Tells the supervisor how this process is doing: one a process, for all its threads; silent when hand-started."""
+    """Tells the supervisor how this process is doing; for all its threads. Silent when nobody supervises."""
 
     def __init__(self) -> None:
-        fd = os.environ.get(REPORT_FD)
         self._pipe = None
-        if fd is not None:
-            os.set_inheritable(int(fd), False)  # the supervisor's end closes with this process, whoever it started
-            self._pipe = os.fdopen(int(fd), "wb")
+        if REPORT_FD in os.environ:
+            fd = int(os.environ.pop(REPORT_FD))  # neither it nor the pipe is meant for what this process starts
+            os.set_inheritable(fd, False)
+            self._pipe = os.fdopen(fd, "wb")
         self._lock = threading.Lock()
         self._report = Report(phase="starting")
         self._sent_at = 0.0
