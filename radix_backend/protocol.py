@@ -95,6 +95,7 @@ class Stats(Message):
     """Ask for the engine's figures: `Reply.value` is a mapping of name to number (see engine/stats.py)."""
 
     call: int
+    audit: bool = False  # check the page invariant first (milliseconds): adds "audit_findings"
 
 
 ClientMessage = Hello | Submit | Abort | RenderChat | Tokenize | Detokenize | Stats
@@ -187,6 +188,7 @@ class Finish(Message):
 
 class EngineStats(Message):
     call: int
+    audit: bool = False
 
 
 EngineCommand = Admit | Finish | EngineStats

@@ -1,0 +1,156 @@
+"""The engine's loop: receive → schedule → launch → settle.
+
+With async scheduling step *n+1* is scheduled and launched while step *n* runs; its tokens are read one step late.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import msgspec
+import zmq
+
+from radix_backend.config import EngineConfig
+from radix_backend.engine.kv_cache import KVCache
+from radix_backend.engine.request import Request
+from radix_backend.engine.scheduler import Scheduler
+from radix_backend.engine.stats import Stats
+from radix_backend.errors import RadixError
+from radix_backend.process import Reporter
+from radix_backend.protocol import (
+    Admit,
+    EngineCommand,
+    EngineRejected,
+    EngineReply,
+    EngineStats,
+    Finish,
+    Message,
+    Step,
+    array,
+    column,
+)
+from radix_backend.worker.interface import Worker
+
+log = logging.getLogger(__name__)
+
+AUDIT_SECONDS = 60.0
+IDLE_POLL_MS = 500
+
+
+class EngineCore:
+    """Serves one gateway over ``socket`` (a ZeroMQ PAIR)."""
+
+    def __init__(self, config: EngineConfig, worker: Worker, socket: zmq.Socket[bytes], reporter: Reporter) -> None:
+        self.cache = KVCache(worker.num_pages, config.page_size)
+        self.scheduler = Scheduler(
+            self.cache,
+            max_bs=config.max_bs,
+            max_batched_tokens=config.max_batched_tokens,
+            max_queue_size=config.max_queue_size,
+        )
+        self.stats = Stats(self.scheduler)
+        self._namespace = config.namespace
+        self._depth = 1 if config.disable_async_scheduling else 2  # steps in flight at most
+        self._worker = worker
+        self._socket = socket
+        self._reporter = reporter
+        self._commands = msgspec.msgpack.Decoder(EngineCommand)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._num_launched = 0  # steps in flight
+        self._next_audit = time.monotonic() + AUDIT_SECONDS
+        self._stopping = False
+
+    def stop(self) -> None:
+        """Make `run` return (from a signal handler)."""
+        self._stopping = True
+
+    def run(self) -> None:
+        while not self._stopping:
+            self.turn()
+        self._worker.close()
+
+    def turn(self) -> None:
+        """One turn of the loop; waits for a message when there is nothing else to do."""
+        self._receive(block=self._num_launched == 0 and not self.scheduler.requests)
+        with self.stats.host_time():
+            plan = self.scheduler.schedule()
+            if plan is not None:
+                self._worker.launch(plan)
+                self._num_launched += 1
+            self._flush()
+        if self._num_launched == self._depth or (plan is None and self._num_launched):
+            result = self._worker.settle()
+            self._num_launched -= 1
+            with self.stats.host_time():
+                self.scheduler.settle(result)
+                self._flush()
+            self.stats.num_steps += 1
+        self._reporter.progress()
+        if time.monotonic() > self._next_audit:
+            self._next_audit = time.monotonic() + AUDIT_SECONDS
+            for finding in self.cache.audit(repair=True):
+                log.error("audit: %s", finding)
+
+    def _receive(self, block: bool) -> None:
+        if block and not self._socket.poll(IDLE_POLL_MS):
+            return
+        while True:
+            try:
+                data = self._socket.recv(zmq.DONTWAIT)
+            except zmq.Again:
+                return
+            with self.stats.host_time():
+                self._handle(self._commands.decode(data))
+                self._flush()
+
+    def _handle(self, command: EngineCommand) -> None:
+        if isinstance(command, Admit):
+            request = Request(
+                id=command.id,
+                prompt=array(command.input_ids, "<i4"),
+                params=command.params,
+                stop_token_ids=frozenset(command.stop_token_ids),
+                max_tokens=command.params.max_tokens,
+                priority=command.priority,
+                namespace=self._namespace,
+                output_ids=array(command.output_ids, "<i4").tolist(),
+            )
+            try:
+                self.scheduler.add(request)
+            except RadixError as error:
+                self._send(EngineRejected(command.id, error.code, str(error)))
+        elif isinstance(command, Finish):
+            for request_id in command.ids:
+                self.scheduler.finish(request_id, command.reason)
+        elif isinstance(command, EngineStats):
+            self._send(EngineReply(command.call, self.stats.snapshot(audit=command.audit)))
+
+    def _flush(self) -> None:
+        """Send what the scheduler produced as one message of columns."""
+        outputs, self.scheduler.outputs = self.scheduler.outputs, []
+        if not outputs:
+            return
+        self._send(
+            Step(
+                ids=column([output.id for output in outputs], "<i8"),
+                counts=column([output.token is not None for output in outputs], "<i4"),
+                finish=column([output.finish for output in outputs], "u1"),
+                tokens=column([output.token for output in outputs if output.token is not None], "<i4"),
+                receipts=[output.receipt for output in outputs if output.receipt is not None],
+            )
+        )
+
+    def _send(self, message: Message) -> None:
+        self._socket.send(self._encoder.encode(message))
+
+
+def bind(address: str) -> tuple[zmq.Context[Any], zmq.Socket[bytes]]:
+    """The engine's end of the pair. Unlimited queues: a gateway that stops reading is restarted, with the engine."""
+    context = zmq.Context()
+    socket = context.socket(zmq.PAIR)
+    socket.set_hwm(0)
+    socket.linger = 0
+    socket.bind(address)
+    return context, socket

@@ -1,0 +1,406 @@
+"""Decides what each step computes. Plain Python over numpy: no torch, no I/O, no clock but the one it is given.
+
+A step's token budget goes to running requests first (decodes, then prefill chunks), what is left admits waiting ones.
+`schedule` may be called while earlier steps are in flight: a token that is not known yet counts as a placeholder, and
+what ended requests gave up is not free before those steps have settled (see `KVCache`).
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from radix_backend.engine.kv_cache import KVCache
+from radix_backend.engine.radix_tree import Node, Tokens
+from radix_backend.engine.request import Request, State
+from radix_backend.errors import InvalidArgument, Unavailable
+from radix_backend.protocol import ABORT, LENGTH, RUNNING, STOP, Receipt
+from radix_backend.worker.interface import NewRequest, StepPlan, StepResult
+
+# Admission expects running requests to generate this share of the tokens they may still generate. It decays while
+# there is room and jumps up when a request had to be retracted (as in SGLang's new_token_ratio).
+INITIAL_OUTPUT_SHARE, MIN_OUTPUT_SHARE, OUTPUT_SHARE_DECAY = 0.7, 0.1, 0.001
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a request got: a token, its end, or both. A receipt comes with the end."""
+
+    id: int
+    token: int | None
+    finish: int
+    receipt: Receipt | None = None
+
+
+@dataclass
+class Counters:
+    """Totals since the engine started."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generation_tokens: int = 0
+    retractions: int = 0
+
+
+@dataclass
+class _Rows:
+    """A step being put together. Decodes may still be revoked by a retraction, prefills are committed at once."""
+
+    step: int
+    decodes: dict[Request, None] = field(default_factory=dict)
+    prefills: dict[Request, int] = field(default_factory=dict)  # request → tokens
+    new: list[NewRequest] = field(default_factory=list)
+    page_slots: list[int] = field(default_factory=list)
+    page_index: list[int] = field(default_factory=list)
+    page_ids: list[int] = field(default_factory=list)
+
+    def sync_pages(self, request: Request) -> None:
+        """Page table entries of ``request`` that the workers do not know yet."""
+        lease = request.lease
+        assert lease is not None
+        changed = [*lease.remapped, *range(request.num_synced, len(lease.table))]
+        self.page_slots += [request.slot] * len(changed)
+        self.page_index += changed
+        self.page_ids += [lease.table[index] for index in changed]
+        lease.remapped = []
+        request.num_synced = len(lease.table)
+
+
+class Scheduler:
+    def __init__(
+        self,
+        cache: KVCache,
+        *,
+        max_bs: int,
+        max_batched_tokens: int,
+        max_queue_size: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if max_batched_tokens < max_bs:
+            raise InvalidArgument(
+                f"setting 'max_batched_tokens' is {max_batched_tokens}; accepted: at least max_bs ({max_bs})"
+            )
+        self.cache = cache
+        self.counters = Counters()
+        self.requests: dict[int, Request] = {}  # all that have not ended
+        self.running: list[Request] = []
+        self.num_waiting = 0
+        self.outputs: list[Output] = []  # what happened since the owner last took it
+        self._max_batched_tokens = max_batched_tokens
+        self._max_queue_size = max_queue_size
+        self._clock = clock
+        self._slots = list(range(max_bs - 1, -1, -1))
+        self._queue: list[tuple[float, int, Request]] = []  # heap by key; entries not WAITING any more are skipped
+        self._pushes = 0
+        self._step = 0
+        self._launched: deque[tuple[int, list[Request]]] = deque()  # steps in flight and the rows they sample
+        # Where each prefilling request will publish next: (end of its published part, bytes of its next page)
+        self._frontiers: dict[tuple[Node, bytes], Request] = {}
+        self._output_share = INITIAL_OUTPUT_SHARE
+
+    # ── requests come and go ────────────────────────────────────────────────────────────────────────────────
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises InvalidArgument when it can never run, Unavailable when the queue is full."""
+        usable = self.cache.pool.num_pages - self.cache.num_quarantined
+        if self._pages(request.num_known + 1) > usable:
+            raise InvalidArgument(
+                f"the prompt has {request.num_known} tokens; "
+                f"accepted: at most {usable * self.cache.page_size - 1}, what the KV cache holds"
+            )
+        if self.num_waiting >= self._max_queue_size:
+            raise Unavailable(f"the queue is full: {self.num_waiting} requests wait (max_queue_size)")
+        request.arrival = self._clock()
+        request.resumed = bool(request.output_ids)
+        self.requests[request.id] = request
+        self._enqueue(request)
+        if request.remaining_tokens <= 0:
+            self._end(request, LENGTH)
+
+    def finish(self, request_id: int, reason: int) -> None:
+        """End a request now, whatever it does. STOP is answered with a receipt, ABORT is silent."""
+        request = self.requests.get(request_id)
+        if request is None:
+            return
+        if reason == ABORT:
+            self._drop(request)
+        else:
+            self._end(request, reason)
+
+    # ── a step ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def has_steps_in_flight(self) -> bool:
+        return bool(self._launched)
+
+    def schedule(self) -> StepPlan | None:
+        """The next step, or None when nothing can be computed now."""
+        rows = _Rows(self._step + 1)
+        order = sorted(self.running, key=lambda request: request.effective_key)
+        for request in order:
+            decodes = request.state is State.RUNNING and not request.is_prefilling and request.remaining_tokens > 0
+            if decodes and self._make_room(request, 1, rows):
+                rows.decodes[request] = None
+        budget = self._max_batched_tokens - len(rows.decodes)
+        for request in order:
+            if budget > 0 and request.state is State.RUNNING and request.is_prefilling:
+                count = min(budget, request.num_prefill - request.num_computed)
+                if self._make_room(request, count, rows):
+                    self._prefill(request, count, rows)
+                    budget -= count
+        self._admit(budget, rows)
+        if not rows.decodes and not rows.prefills:
+            return None
+        self._output_share = max(MIN_OUTPUT_SHARE, self._output_share - OUTPUT_SHARE_DECAY)
+        return self._launch(rows)
+
+    def settle(self, result: StepResult) -> None:
+        """Take the tokens of the oldest step in flight."""
+        step, sampled = self._launched.popleft()
+        assert step == result.step
+        assert len(sampled) == len(result.tokens)
+        self.cache.settle(step)
+        now = self._clock()
+        for request, token in zip(sampled, result.tokens.tolist(), strict=True):
+            request.num_in_flight -= 1
+            if request.state is State.FINISHED:
+                continue  # sampled past its end: discarded
+            request.output_ids.append(token)
+            self.counters.generation_tokens += 1
+            if request.first_token is None:
+                request.first_token = now
+            num_outputs = len(request.output_ids)
+            if token in request.stop_token_ids and num_outputs >= request.params.min_tokens:
+                self._end(request, STOP, token)
+            elif num_outputs >= request.max_tokens:
+                self._end(request, LENGTH, token)
+            else:
+                self.outputs.append(Output(request.id, token, RUNNING))
+
+    # ── parts of a step ─────────────────────────────────────────────────────────────────────────────────────
+
+    def _make_room(self, request: Request, count: int, rows: _Rows) -> bool:
+        """Pages for the next ``count`` tokens, at the cost of the least urgent request. False: not in this step."""
+        assert request.lease is not None
+        while not self.cache.grow(request.lease, request.num_computed + count):
+            if self.cache.is_settling:
+                return False  # pages are on their way: stall this row
+            victims = [other for other in self.running if other not in rows.prefills]
+            victim = max(victims, key=lambda other: other.effective_key)
+            if len(self.running) > 1:
+                self._retract(victim, rows)
+            elif not request.num_in_flight:
+                self._end(request, LENGTH)  # it fills the whole cache: there is nothing to wait for
+            if victim is request:
+                return False
+        return True
+
+    def _prefill(self, request: Request, count: int, rows: _Rows) -> None:
+        """Commit a chunk. Its whole pages are published at once, for readers in this step and later ones."""
+        assert request.lease is not None
+        rows.prefills[request] = count
+        rows.sync_pages(request)
+        self._advance(request, count, rows.step)
+        self._drop_frontier(request)
+        self.cache.publish(request.lease, request.known_tokens[: request.num_computed], rows.step)
+        self._set_frontier(request)
+        published = request.lease.num_published
+        self._wake(request, [entry for entry in request.followers if entry[0] <= published])
+
+    def _admit(self, budget: int, rows: _Rows) -> None:
+        later = []
+        reserved = sum(self._expected_pages(request) for request in self.running) if self._queue else 0
+        while budget > 0 and self._slots and self._queue:
+            request = self._queue[0][2]
+            if request.state is not State.WAITING:
+                heapq.heappop(self._queue)
+                continue
+            if request.num_in_flight:  # retracted, and a token of it is still to come
+                later.append(heapq.heappop(self._queue))
+                continue
+            tokens = request.known_tokens
+            node, pages = self.cache.match(request.namespace, tokens)
+            if self._follow(request, node, tokens, len(pages)):
+                heapq.heappop(self._queue)
+                continue
+            needed = self._pages(len(tokens) + 1) - len(pages)
+            if self.running:
+                needed += reserved + self._expected_pages(request)
+            if needed > self.cache.num_available - self.cache.tree.num_unlocked(node):
+                if self.running or self.cache.is_settling:
+                    break
+                self._end(request, LENGTH)  # it has outgrown the whole cache
+                continue
+            heapq.heappop(self._queue)
+            self._start(request, node, pages, rows)
+            count = min(budget, request.num_prefill - request.num_computed)
+            if not self._make_room(request, count, rows):
+                raise AssertionError("an admitted request found no pages")
+            self._prefill(request, count, rows)
+            reserved += self._expected_pages(request)
+            budget -= count
+        for entry in later:
+            heapq.heappush(self._queue, entry)
+
+    def _start(self, request: Request, node: Node, pages: list[int], rows: _Rows) -> None:
+        request.state = State.RUNNING
+        request.slot = self._slots.pop()
+        request.lease = self.cache.open(node, pages)
+        request.num_prefill = request.num_known
+        request.num_computed = len(pages) * self.cache.page_size
+        request.num_synced = 0
+        if request.cached_tokens is None:
+            request.started = self._clock()
+            request.cached_tokens = min(request.num_computed, len(request.prompt))
+            self.counters.prompt_tokens += len(request.prompt)
+            self.counters.cached_tokens += request.cached_tokens
+        self.running.append(request)
+        self.num_waiting -= 1
+        params = request.params
+        rows.new.append(
+            NewRequest(
+                slot=request.slot,
+                token_ids=request.known_tokens,
+                prompt_len=len(request.prompt),
+                num_computed=request.num_computed,
+                temperature=params.temperature,
+                top_k=max(params.top_k, 0),
+                top_p=params.top_p,
+                min_p=params.min_p,
+                seed=params.seed or 0,
+                min_tokens=params.min_tokens,
+                stop_token_ids=tuple(request.stop_token_ids),
+            )
+        )
+
+    def _launch(self, rows: _Rows) -> StepPlan:
+        self._step = rows.step
+        for request in rows.decodes:
+            rows.sync_pages(request)
+            self._advance(request, 1, rows.step)
+        counts = {**dict.fromkeys(rows.decodes, 1), **rows.prefills}
+        order = sorted(counts, key=lambda request: counts[request] > 1)  # single tokens first
+        sample = [request.num_computed == request.num_tokens for request in order]
+        for request, sampled in zip(order, sample, strict=True):
+            request.num_in_flight += sampled
+        self._launched.append((rows.step, [r for r, sampled in zip(order, sample, strict=True) if sampled]))
+        return StepPlan(
+            step=rows.step,
+            new=rows.new,
+            page_slots=np.array(rows.page_slots, np.int32),
+            page_index=np.array(rows.page_index, np.int32),
+            page_ids=np.array(rows.page_ids, np.int32),
+            slots=np.array([request.slot for request in order], np.int32),
+            num_tokens=np.array([counts[request] for request in order], np.int32),
+            sample=np.array(sample, np.bool_),
+            num_decode=sum(count == 1 for count in counts.values()),
+        )
+
+    @staticmethod
+    def _advance(request: Request, count: int, step: int) -> None:
+        assert request.lease is not None
+        request.num_computed += count
+        request.lease.last_step = step
+
+    # ── sharing a prefix that is being computed ─────────────────────────────────────────────────────────────
+
+    def _follow(self, request: Request, node: Node, tokens: Tokens, matched: int) -> bool:
+        """Wait for pages of this prefix that nobody has scheduled yet but a running leader will."""
+        size = self.cache.page_size
+        usable = (len(tokens) - 1) // size
+        if matched >= usable:
+            return False
+        leader = self._frontiers.get((node, tokens[matched * size : (matched + 1) * size].tobytes()))
+        if leader is None:
+            return False
+        theirs = leader.known_tokens[: usable * size]
+        mine = tokens[: len(theirs)]
+        differs = np.flatnonzero(mine != theirs)
+        shared = int(differs[0]) if len(differs) else len(theirs)
+        request.state, request.leader = State.FOLLOWING, leader
+        leader.followers.append((shared // size, request))
+        return True
+
+    def _wake(self, leader: Request, entries: list[tuple[int, Request]]) -> None:
+        for entry in entries:
+            leader.followers.remove(entry)
+            follower = entry[1]
+            follower.leader = None
+            self.num_waiting -= 1
+            self._enqueue(follower)
+
+    def _frontier_key(self, request: Request) -> tuple[Node, bytes] | None:
+        lease = request.lease
+        assert lease is not None
+        size, at = self.cache.page_size, lease.num_published
+        if (at + 1) * size > request.num_prefill:
+            return None
+        return lease.node, request.known_tokens[at * size : (at + 1) * size].tobytes()
+
+    def _set_frontier(self, request: Request) -> None:
+        if (key := self._frontier_key(request)) is not None:
+            self._frontiers.setdefault(key, request)
+
+    def _drop_frontier(self, request: Request) -> None:
+        if (key := self._frontier_key(request)) is not None and self._frontiers.get(key) is request:
+            del self._frontiers[key]
+
+    # ── ends ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _retract(self, request: Request, rows: _Rows) -> None:
+        """Take a running request's pages away; it waits to be admitted again with what it has generated."""
+        rows.decodes.pop(request, None)
+        generated = sum(len(other.output_ids) for other in self.running)
+        self._output_share = min(1.0, generated / sum(other.max_tokens for other in self.running) + 0.2)
+        self.counters.retractions += 1
+        request.retractions += 1
+        self._release(request)
+        self._enqueue(request)
+
+    def _end(self, request: Request, reason: int, token: int | None = None) -> None:
+        self._drop(request)
+        self.outputs.append(Output(request.id, token, reason, request.receipt(self._clock())))
+
+    def _drop(self, request: Request) -> None:
+        if request.state is State.RUNNING:
+            self._release(request)
+        else:
+            self.num_waiting -= 1
+        if request.leader is not None:
+            request.leader.followers = [entry for entry in request.leader.followers if entry[1] is not request]
+            request.leader = None
+        request.state = State.FINISHED
+        del self.requests[request.id]
+
+    def _release(self, request: Request) -> None:
+        """Give up lease and slot. What launched steps have written of its known tokens stays in the tree."""
+        assert request.lease is not None
+        self._drop_frontier(request)
+        written = min(request.num_computed, request.num_known)
+        self.cache.close(request.lease, request.known_tokens[:written])
+        request.lease = None
+        self._slots.append(request.slot)
+        self.running.remove(request)
+        self._wake(request, list(request.followers))
+
+    def _enqueue(self, request: Request) -> None:
+        request.state = State.WAITING
+        self.num_waiting += 1
+        self._pushes += 1
+        heapq.heappush(self._queue, (request.key, self._pushes, request))
+
+    # ── sizes ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _pages(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.cache.page_size)
+
+    def _expected_pages(self, request: Request) -> int:
+        """Pages that a running request is expected to take beyond those it has."""
+        outputs = int(request.remaining_tokens * self._output_share)
+        held = len(request.lease.table) if request.lease is not None else self._pages(request.num_known + 1)
+        return max(0, self._pages(max(request.num_prefill, request.num_tokens) + outputs) - held)
