@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -20,6 +21,12 @@ def show(value: object) -> str:
     """A value for an error message, shortened."""
     text = repr(value)
     return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
+
+
+def literal_choices(cls: type[msgspec.Struct], name: str) -> tuple[str, ...]:
+    """The values that a ``Literal`` field accepts; empty for other fields."""
+    kind = typing.get_type_hints(cls).get(name)
+    return typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
 
 
 def convert(cls: type[T], values: Mapping[str, Any], what: str) -> T:
@@ -41,4 +48,6 @@ def convert(cls: type[T], values: Mapping[str, Any], what: str) -> T:
             raise InvalidArgument(message) from None
         name = match[1]
         accepted = message[: match.start()].replace("Expected ", "").split(", got")[0].replace("`", "")
+        if choices := literal_choices(cls, name):
+            accepted = " or ".join(choices)
         raise InvalidArgument(f"{what} {name!r} is {show(values.get(name))}; accepted: {accepted}") from None

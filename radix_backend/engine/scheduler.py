@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from radix_backend.engine.kv_cache import KVCache
-from radix_backend.engine.radix_tree import Node, Tokens
+from radix_backend.engine.leaders import Leaders
+from radix_backend.engine.radix_tree import Node
 from radix_backend.engine.request import Request, State
 from radix_backend.errors import InvalidArgument, Unavailable
 from radix_backend.protocol import ABORT, LENGTH, RUNNING, STOP, Receipt
@@ -99,8 +100,7 @@ class Scheduler:
         self._pushes = 0
         self._step = 0
         self._launched: deque[tuple[int, list[Request]]] = deque()  # steps in flight and the rows they sample
-        # Where each prefilling request will publish next: (end of its published part, bytes of its next page)
-        self._frontiers: dict[tuple[Node, bytes], Request] = {}
+        self._leaders = Leaders(cache.page_size)
         self._output_share = INITIAL_OUTPUT_SHARE
 
     # ── requests come and go ────────────────────────────────────────────────────────────────────────────────
@@ -206,11 +206,10 @@ class Scheduler:
         rows.prefills[request] = count
         rows.sync_pages(request)
         self._advance(request, count, rows.step)
-        self._drop_frontier(request)
+        self._leaders.remove(request)
         self.cache.publish(request.lease, request.known_tokens[: request.num_computed], rows.step)
-        self._set_frontier(request)
-        published = request.lease.num_published
-        self._wake(request, [entry for entry in request.followers if entry[0] <= published])
+        self._leaders.add(request)
+        self._wake(request, up_to=request.lease.num_published)
 
     def _admit(self, budget: int, rows: _Rows) -> None:
         later = []
@@ -225,7 +224,7 @@ class Scheduler:
                 continue
             tokens = request.known_tokens
             node, pages = self.cache.match(request.namespace, tokens)
-            if self._follow(request, node, tokens, len(pages)):
+            if self._leaders.follow(request, node, tokens, len(pages)):
                 heapq.heappop(self._queue)
                 continue
             needed = self._pages(len(tokens) + 1) - len(pages)
@@ -307,49 +306,6 @@ class Scheduler:
         request.num_computed += count
         request.lease.last_step = step
 
-    # ── sharing a prefix that is being computed ─────────────────────────────────────────────────────────────
-
-    def _follow(self, request: Request, node: Node, tokens: Tokens, matched: int) -> bool:
-        """Wait for pages of this prefix that nobody has scheduled yet but a running leader will."""
-        size = self.cache.page_size
-        usable = (len(tokens) - 1) // size
-        if matched >= usable:
-            return False
-        leader = self._frontiers.get((node, tokens[matched * size : (matched + 1) * size].tobytes()))
-        if leader is None:
-            return False
-        theirs = leader.known_tokens[: usable * size]
-        mine = tokens[: len(theirs)]
-        differs = np.flatnonzero(mine != theirs)
-        shared = int(differs[0]) if len(differs) else len(theirs)
-        request.state, request.leader = State.FOLLOWING, leader
-        leader.followers.append((shared // size, request))
-        return True
-
-    def _wake(self, leader: Request, entries: list[tuple[int, Request]]) -> None:
-        for entry in entries:
-            leader.followers.remove(entry)
-            follower = entry[1]
-            follower.leader = None
-            self.num_waiting -= 1
-            self._enqueue(follower)
-
-    def _frontier_key(self, request: Request) -> tuple[Node, bytes] | None:
-        lease = request.lease
-        assert lease is not None
-        size, at = self.cache.page_size, lease.num_published
-        if (at + 1) * size > request.num_prefill:
-            return None
-        return lease.node, request.known_tokens[at * size : (at + 1) * size].tobytes()
-
-    def _set_frontier(self, request: Request) -> None:
-        if (key := self._frontier_key(request)) is not None:
-            self._frontiers.setdefault(key, request)
-
-    def _drop_frontier(self, request: Request) -> None:
-        if (key := self._frontier_key(request)) is not None and self._frontiers.get(key) is request:
-            del self._frontiers[key]
-
     # ── ends ────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _retract(self, request: Request, rows: _Rows) -> None:
@@ -371,22 +327,25 @@ class Scheduler:
             self._release(request)
         else:
             self.num_waiting -= 1
-        if request.leader is not None:
-            request.leader.followers = [entry for entry in request.leader.followers if entry[1] is not request]
-            request.leader = None
+        self._leaders.unfollow(request)
         request.state = State.FINISHED
         del self.requests[request.id]
 
     def _release(self, request: Request) -> None:
         """Give up lease and slot. What launched steps have written of its known tokens stays in the tree."""
         assert request.lease is not None
-        self._drop_frontier(request)
+        self._leaders.remove(request)
         written = min(request.num_computed, request.num_known)
         self.cache.close(request.lease, request.known_tokens[:written])
         request.lease = None
         self._slots.append(request.slot)
         self.running.remove(request)
-        self._wake(request, list(request.followers))
+        self._wake(request)
+
+    def _wake(self, leader: Request, up_to: int | None = None) -> None:
+        for follower in self._leaders.release(leader, up_to):
+            self.num_waiting -= 1
+            self._enqueue(follower)
 
     def _enqueue(self, request: Request) -> None:
         request.state = State.WAITING

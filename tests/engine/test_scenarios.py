@@ -227,6 +227,20 @@ def test_retracted_requests_come_back_and_lose_nothing(depth: int) -> None:
     assert_nothing_held(engine)
 
 
+def test_a_retracted_request_comes_back_only_with_its_token_in_flight() -> None:
+    engine = SimEngine()
+    request = engine.add([1, 2, 3], max_tokens=9)
+    engine.launch()
+    engine.scheduler._retract(engine.scheduler.requests[request], _Rows(99))
+    assert engine.launch() is None  # there is room, but a token of it is still to come
+    engine.settle()
+    plan = engine.launch()
+    assert plan is not None
+    assert plan.new[0].token_ids.tolist() == [1, 2, 3, *engine.outputs[request]]
+    engine.run()
+    assert engine.outputs[request] == continuation([1, 2, 3], 9)
+
+
 def test_retraction_of_a_request_whose_prefix_is_in_the_tree() -> None:
     engine = SimEngine(num_pages=24, page_size=4, max_bs=4)
     requests = [engine.add([*PREFIX, i], max_tokens=30) for i in range(4)]
