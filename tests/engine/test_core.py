@@ -77,9 +77,7 @@ class Gateway:
 
 @pytest.fixture(params=[False, True], ids=["async", "sync"])
 def gateway(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Gateway]:
-    config = EngineConfig(
-        max_bs=4, max_batched_tokens=32, page_size=4, max_queue_size=3, disable_async_scheduling=request.param
-    )
+    config = EngineConfig(max_bs=4, max_batched_tokens=32, page_size=4, disable_async_scheduling=request.param)
     address = f"ipc://{tmp_path}/engine.sock"
     context, socket = bind(address)
     core = EngineCore(config, SimWorker(64, 4, 4), socket, Reporter())
