@@ -1,0 +1,89 @@
+"""Between Triton's requests and the engine's client: slots, one sender thread, and a slow look at cancellations."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from queue import SimpleQueue
+from typing import Any
+
+import numpy.typing as npt
+
+from radix_backend.client import EngineClient
+from radix_backend.errors import RadixError, Unavailable
+from radix_backend.triton.request import parse
+from radix_backend.triton.slot import Slot, Wire
+
+POLL_SECONDS = 0.25  # between looks at cancellations: each is a round trip to the server
+_CLOSE_SECONDS = 5.0  # for the last responses of a model that is unloaded
+
+_log = logging.getLogger(__name__)
+
+
+class Bridge:
+    """Serves requests for one model instance."""
+
+    def __init__(self, client: EngineClient, namespace: str) -> None:
+        self._client = client
+        self._namespace = namespace
+        self._live: set[Slot] = set()
+        self._outbox: SimpleQueue[Slot | None] = SimpleQueue()
+        self._closing = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._send_loop, name="radix-sender", daemon=True),
+            threading.Thread(target=self._watch_loop, name="radix-watcher", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def execute(self, wire: Wire, read: Callable[[], tuple[Mapping[str, npt.NDArray[Any]], str]]) -> None:
+        """Start a request, whose tensors and parameters ``read`` returns. Never waits, never raises, sends nothing."""
+        slot = Slot(wire, self._outbox, self._namespace)
+        self._live.add(slot)
+        try:
+            request = slot.request = parse(*read())
+            slot.engine_id = self._client.submit(
+                request.params, text=request.text, input_ids=request.input_ids, priority=request.priority, sink=slot
+            )
+        except RadixError as error:
+            slot.on_error(error)
+        except Exception as error:
+            _log.exception("a request could not be started")
+            slot.on_error(RadixError(f"the request could not be started: {error}"))
+
+    def close(self) -> None:
+        """End what runs with Unavailable and stop the threads; the client stays open."""
+        self._closing.set()
+        for slot in list(self._live):
+            slot.on_error(Unavailable("the model is being unloaded"))
+        self._outbox.put(None)
+        for thread in self._threads:
+            thread.join(_CLOSE_SECONDS)
+
+    def _send_loop(self) -> None:
+        while (slot := self._outbox.get()) is not None:
+            try:
+                slot.flush()
+            except Exception as error:
+                self._give_up(slot, error)
+            if slot.ended:
+                self._live.discard(slot)
+
+    def _give_up(self, slot: Slot, cause: Exception) -> None:
+        _log.error("a response could not be sent: %s", cause)
+        if slot.engine_id is not None:
+            self._client.abort([slot.engine_id])
+        try:
+            slot.fail(RadixError(f"the response could not be sent: {cause}"))
+        except Exception as error:
+            _log.error("nor could this error; the client is left without an answer: %s", error)
+
+    def _watch_loop(self) -> None:
+        while not self._closing.wait(POLL_SECONDS):
+            try:
+                cancelled = [slot.engine_id for slot in list(self._live) if slot.is_cancelled()]
+                # Their slots end with the client's `Cancelled`.
+                self._client.abort([engine_id for engine_id in cancelled if engine_id is not None])
+            except Exception:
+                _log.exception("looking for cancelled requests failed")

@@ -1,0 +1,132 @@
+"""From a Triton request's tensors and parameters to what the engine is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from msgspec import Meta
+
+from radix_backend.errors import InvalidArgument, Unsupported
+from radix_backend.sampling_params import SamplingParams
+from radix_backend.triton.tensors import INPUTS, SWITCHES
+from radix_backend.validation import convert, show
+
+Array = npt.NDArray[Any]
+
+_NAMES = {tensor["name"] for tensor in INPUTS}
+_LATER = ("return_logprobs", "return_cumulative_logprob")
+
+
+class _Priority(msgspec.Struct):
+    priority: Annotated[int, Meta(ge=-(2**31), lt=2**31)] = 0
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request of the tensor contract."""
+
+    params: SamplingParams
+    text: str | None  # the prompt: text,
+    input_ids: Array | None  # or token ids
+    priority: int = 0  # lower is served earlier
+    stream: bool = False
+    echo: str = ""  # what precedes the generated text in the output
+    returns: frozenset[str] = frozenset()  # the switches that are on
+
+
+def parse(tensors: Mapping[str, Array], parameters: str) -> Request:
+    """``tensors`` by input name; ``parameters``: the request parameters as a JSON object, or "".
+
+    Raises InvalidArgument naming the tensor or parameter, the value and what is accepted, or Unsupported.
+    """
+    for name in tensors:
+        if name not in _NAMES:
+            raise InvalidArgument(f"unknown input {name!r}; accepted: {', '.join(sorted(_NAMES))}")
+    if "image" in tensors and tensors["image"].size:
+        raise Unsupported("input 'image' is given, but the served model reads text only; leave it out")
+    returns = frozenset(name for name in SWITCHES if _flag(tensors, name))
+    for name in _LATER:
+        if name in returns:
+            raise Unsupported(f"input {name!r} is true, but this version returns no logprobs; accepted: false")
+    text, input_ids = _prompt(tensors)
+    stream = _flag(tensors, "stream") or False
+    values = _object("request parameters", parameters) if parameters else {}
+    if "sampling_parameters" in tensors:
+        values |= _object("input 'sampling_parameters'", _string(tensors, "sampling_parameters"))
+    priority = convert(_Priority, {"priority": values.pop("priority", 0)}, "request parameter").priority
+    return Request(
+        SamplingParams.parse(values),
+        text,
+        input_ids,
+        priority,
+        stream,
+        _echo(text, stream, _flag(tensors, "exclude_input_in_output")),
+        returns,
+    )
+
+
+def _prompt(tensors: Mapping[str, Array]) -> tuple[str | None, Array | None]:
+    if ("text_input" in tensors) == ("input_ids" in tensors):
+        given = "both are given" if "text_input" in tensors else "neither is given"
+        raise InvalidArgument(f"a prompt is either 'text_input' or 'input_ids'; {given}, accepted: exactly one")
+    if "text_input" in tensors:
+        return _string(tensors, "text_input"), None
+    ids = tensors["input_ids"]
+    if ids.dtype.kind != "i" or ids.ndim != 1:
+        raise InvalidArgument(f"input 'input_ids' is {_describe(ids)}; accepted: INT32 or INT64 of shape [-1]")
+    return None, ids.copy()  # Triton's memory goes with the request
+
+
+def _echo(text: str | None, stream: bool, exclude: bool | None) -> str:
+    """vllm_backend's rule: unless told otherwise, a whole answer repeats its prompt and a stream does not."""
+    if exclude is None:
+        exclude = stream or text is None
+    if exclude:
+        return ""
+    if stream:
+        raise InvalidArgument("input 'exclude_input_in_output' is false; accepted when 'stream' is true: true")
+    if text is None:
+        raise InvalidArgument("input 'exclude_input_in_output' is false; accepted with 'input_ids': true")
+    return text
+
+
+def _flag(tensors: Mapping[str, Array], name: str) -> bool | None:
+    """None where the tensor is not given."""
+    tensor = tensors.get(name)
+    if tensor is None:
+        return None
+    if tensor.dtype != np.bool_ or tensor.size != 1:
+        raise InvalidArgument(f"input {name!r} is {_describe(tensor)}; accepted: BOOL of shape [1]")
+    return bool(tensor.item())
+
+
+def _string(tensors: Mapping[str, Array], name: str) -> str:
+    tensor = tensors[name]
+    value = tensor.item() if tensor.size == 1 else None
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, bytes):
+        raise InvalidArgument(f"input {name!r} is {_describe(tensor)}; accepted: BYTES of shape [1]")
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        raise InvalidArgument(f"input {name!r} is {show(value)}; accepted: UTF-8 ({error.reason})") from None
+
+
+def _object(what: str, text: str) -> dict[str, Any]:
+    try:
+        value = msgspec.json.decode(text)
+    except msgspec.DecodeError as error:
+        raise InvalidArgument(f"{what} is {show(text)}; accepted: a JSON object ({error})") from None
+    if not isinstance(value, dict):
+        raise InvalidArgument(f"{what} is {show(text)}; accepted: a JSON object")
+    return value
+
+
+def _describe(tensor: Array) -> str:
+    return f"{tensor.dtype} of shape {list(tensor.shape)}"

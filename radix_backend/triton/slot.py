@@ -1,0 +1,115 @@
+"""One request in the stub: what the engine generated and has not been sent yet.
+
+The client's I/O thread and `Bridge.execute` put, the bridge's one sender thread takes. A slot that holds something to
+send stands in the outbox once: idle, that makes a response a token; busy, tokens coalesce while the slot waits.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from queue import SimpleQueue
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from radix_backend.errors import RadixError
+from radix_backend.protocol import Receipt
+from radix_backend.triton.request import Request
+from radix_backend.triton.response import Part, encode
+
+SPLIT_BYTES = 8192  # of text that still goes out together with FINAL
+
+
+class Wire(Protocol):
+    """The way back to one Triton client. Every method may raise."""
+
+    def send(self, tensors: list[tuple[str, npt.NDArray[Any]]], final: bool) -> None: ...
+
+    def finish(self) -> None:
+        """FINAL with no content."""
+
+    def refuse(self, error: RadixError) -> None:
+        """The error, and FINAL."""
+
+    def is_cancelled(self) -> bool: ...
+
+
+class Slot:
+    """The sink of one request. Ends with exactly one FINAL, whatever comes after it."""
+
+    def __init__(self, wire: Wire, outbox: SimpleQueue[Slot | None], namespace: str) -> None:
+        self.engine_id: int | None = None  # once submitted
+        self.request: Request | None = None  # once parsed
+        self.ended = False  # FINAL was sent, or cannot be sent
+        self._wire = wire
+        self._outbox = outbox
+        self._namespace = namespace
+        self._inbox: deque[tuple[npt.NDArray[np.int32], str, int, Receipt | None] | RadixError] = deque()
+        self._queued = False
+        self._part = Part()
+        self._closing = threading.Lock()  # Triton's side of the request is gone after FINAL: asking it then is not safe
+
+    def on_tokens(self, token_ids: npt.NDArray[np.int32], text: str, finish: int, receipt: Receipt | None) -> None:
+        self._inbox.append((token_ids, text, finish, receipt))
+        if finish or (self.request is not None and self.request.stream):
+            self._wake()
+
+    def on_error(self, error: RadixError) -> None:
+        self._inbox.append(error)
+        self._wake()
+
+    def _wake(self) -> None:
+        # `_queued` is cleared before the inbox is emptied: a put that still sees it set will be taken.
+        if not self._queued:
+            self._queued = True
+            self._outbox.put(self)
+
+    def is_cancelled(self) -> bool:
+        with self._closing:
+            return not self.ended and self._wire.is_cancelled()
+
+    def flush(self) -> None:
+        """Send what there is. On the sender thread only. Raises what the wire does; `fail` comes next then."""
+        self._queued = False
+        if self.ended:
+            return
+        error = self._take()
+        if self.request is not None and (self._part.finish or (self.request.stream and self._part.text)):
+            self._send(self.request)
+        if error is not None and not self.ended:
+            self.fail(error)
+
+    def fail(self, error: RadixError) -> None:
+        """End with an error. On the sender thread only."""
+        with self._closing:
+            if not self.ended:
+                self.ended = True
+                self._wire.refuse(error)
+
+    def _take(self) -> RadixError | None:
+        while self._inbox:
+            item = self._inbox.popleft()
+            if isinstance(item, RadixError):
+                return item
+            self._part.add(*item)
+        return None
+
+    def _send(self, request: Request) -> None:
+        part, self._part = self._part, Part()
+        tensors = encode(request, part, self._namespace)
+        if not part.finish:
+            self._wire.send(tensors, final=False)
+            return
+        size = len(request.echo) + sum(map(len, part.text)) + 4 * len(part.token_ids)
+        with self._closing:
+            # A send with FINAL that finds no shared memory can't be repeated, and the client would wait for ever:
+            # what may be large goes first.
+            if size > SPLIT_BYTES:
+                self._wire.send(tensors, final=False)
+                self.ended = True
+                self._wire.finish()
+            else:
+                self.ended = True
+                self._wire.send(tensors, final=True)
