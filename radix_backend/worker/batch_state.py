@@ -1,0 +1,126 @@
+"""What the worker remembers of each slot between steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from radix_backend.attention.base import AttentionStep, DecodeRows, PrefillChunk
+from radix_backend.sampling.base import SamplingRows
+from radix_backend.sampling.noise import row_keys
+from radix_backend.worker.interface import NewRequest, StepPlan
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """One step, ready for the model."""
+
+    token_ids: Tensor  # [tokens] int32
+    positions: Tensor  # [tokens] int32
+    attention: AttentionStep
+    sampled: Tensor  # [sampling rows] int64: index of the token whose logits are sampled
+    sample_slots: npt.NDArray[np.int32]  # [sampling rows]
+    sample_positions: npt.NDArray[np.int64]  # [sampling rows]: of the token that is sampled
+
+
+class BatchState:
+    """Columns indexed by slot.
+
+    Lengths are the CPU's: how far a step advances a request is known when it is planned. Only token ids depend on
+    what was sampled, and they stay where the model reads them.
+    """
+
+    def __init__(self, max_bs: int, context_len: int, page_size: int) -> None:
+        # One more than context_len: the token sampled after a prompt that fills it has a place.
+        self.token_ids = torch.zeros(max_bs, context_len + 1, dtype=torch.int32)
+        self.page_table = torch.zeros(max_bs, -(-(context_len + 1) // page_size), dtype=torch.int32)
+        self._num_computed = np.zeros(max_bs, np.int64)
+        self._prompt_len = np.zeros(max_bs, np.int64)
+        self._min_tokens = np.zeros(max_bs, np.int64)
+        self._seeds = np.zeros(max_bs, np.int64)
+        self._temperature = np.zeros(max_bs, np.float32)
+        self._top_k = np.zeros(max_bs, np.int32)
+        self._top_p = np.ones(max_bs, np.float32)
+        self._min_p = np.zeros(max_bs, np.float32)
+        self._stop_token_ids: list[Tensor] = [torch.empty(0, dtype=torch.int64)] * max_bs
+
+    def apply(self, plan: StepPlan) -> StepInput:
+        """Take the plan's deltas and advance its rows."""
+        for request in plan.new:
+            self._enter(request)
+        self.page_table[torch.from_numpy(plan.page_slots), torch.from_numpy(plan.page_index)] = torch.from_numpy(
+            plan.page_ids
+        )
+        return self._advance(plan)
+
+    def _enter(self, request: NewRequest) -> None:
+        slot = request.slot
+        self.token_ids[slot, : len(request.token_ids)] = torch.tensor(request.token_ids, dtype=torch.int32)
+        self._num_computed[slot] = request.num_computed
+        self._prompt_len[slot] = request.prompt_len
+        self._min_tokens[slot] = request.min_tokens
+        self._seeds[slot] = request.seed
+        self._temperature[slot] = request.temperature
+        self._top_k[slot] = request.top_k
+        self._top_p[slot] = request.top_p
+        self._min_p[slot] = request.min_p
+        self._stop_token_ids[slot] = torch.tensor(request.stop_token_ids, dtype=torch.int64)
+
+    def _advance(self, plan: StepPlan) -> StepInput:
+        slots, counts = plan.slots, plan.num_tokens
+        cached = self._num_computed[slots]
+        self._num_computed[slots] = cached + counts
+        ends = np.cumsum(counts)
+        token_slots = np.repeat(slots, counts)
+        positions = np.arange(len(token_slots)) - np.repeat(ends - counts - cached, counts)
+        slot_index, position_index = torch.from_numpy(token_slots), torch.from_numpy(positions)
+        sample_slots = slots[plan.sample]
+        return StepInput(
+            token_ids=self.token_ids[slot_index, position_index],
+            positions=position_index.int(),
+            attention=AttentionStep(
+                self.page_table, slot_index, position_index.int(), _sub_batches(plan, cached, ends - counts)
+            ),
+            sampled=torch.from_numpy(ends[plan.sample] - 1),
+            sample_slots=sample_slots,
+            sample_positions=self._num_computed[sample_slots],
+        )
+
+    def sampling_rows(self, step: StepInput) -> SamplingRows:
+        slots = step.sample_slots
+        return SamplingRows(
+            temperature=self._temperature[slots],
+            top_k=self._top_k[slots],
+            top_p=self._top_p[slots],
+            min_p=self._min_p[slots],
+            keys=row_keys(self._seeds[slots], step.sample_positions),
+        )
+
+    def mask_stops(self, step: StepInput, logits: Tensor) -> None:
+        """Exclude the stop tokens of rows that have not generated ``min_tokens`` yet."""
+        num_outputs = step.sample_positions - self._prompt_len[step.sample_slots]
+        for row in np.flatnonzero(num_outputs < self._min_tokens[step.sample_slots]).tolist():
+            logits[row, self._stop_token_ids[step.sample_slots[row]]] = -torch.inf
+
+    def append(self, step: StepInput, tokens: Tensor) -> None:
+        """Put the sampled ``tokens`` [sampling rows] where the next step reads them."""
+        slots, positions = torch.from_numpy(step.sample_slots), torch.from_numpy(step.sample_positions)
+        self.token_ids[slots, positions] = tokens.int()
+
+
+def _sub_batches(
+    plan: StepPlan, cached: npt.NDArray[np.int64], firsts: npt.NDArray[np.int64]
+) -> list[DecodeRows | PrefillChunk]:
+    decodes = plan.num_decode
+    batches: list[DecodeRows | PrefillChunk] = []
+    if decodes:
+        lengths = torch.from_numpy((cached[:decodes] + 1).astype(np.int32))
+        batches.append(DecodeRows(0, torch.from_numpy(plan.slots[:decodes].copy()), lengths))
+    for row in range(decodes, len(plan.slots)):
+        num_tokens, slot = int(plan.num_tokens[row]), int(plan.slots[row])
+        batches.append(PrefillChunk(int(firsts[row]), num_tokens, slot, int(cached[row])))
+    return batches

@@ -1,0 +1,78 @@
+"""How much memory the KV cache gets."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from radix_backend.attention.kv_pool import page_bytes
+from radix_backend.config import EngineConfig
+from radix_backend.errors import InvalidArgument, Unavailable
+from radix_backend.loading import ModelConfig
+
+log = logging.getLogger(__name__)
+
+CPU_LIMIT = 2 * 2**30  # bytes a KV cache takes unasked: a CPU's memory is not the engine's alone
+_CGROUPS = (  # limit, usage: version 2, version 1
+    ("memory.max", "memory.current"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+)
+
+
+def plan_pages(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, context_len: int) -> int:
+    """Pages of the KV pool. Raises InvalidArgument or Unavailable when not even one request fits."""
+    size = page_bytes(model, config.page_size, dtype)
+    if config.kv_cache_memory is not None:
+        if config.kv_cache_memory < size:
+            raise InvalidArgument(
+                f"setting 'kv_cache_memory' is {config.kv_cache_memory}; accepted: at least {size} (one page)"
+            )
+        pages, why = config.kv_cache_memory // size, "kv_cache_memory"
+    else:
+        pages, why = _default_pages(config, model, dtype, context_len, size)
+    tokens = pages * config.page_size
+    log.info("KV cache: %d pages of %d tokens, %.0f MiB (%s)", pages, config.page_size, pages * size / 2**20, why)
+    if tokens < context_len:
+        log.warning(
+            "the KV cache holds %d tokens, fewer than one request may have (context_len %d)", tokens, context_len
+        )
+    return pages
+
+
+def _default_pages(
+    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, context_len: int, size: int
+) -> tuple[int, str]:
+    available, weights = available_memory(), model.num_parameters * dtype.itemsize
+    free = int(config.gpu_memory_utilization * available) - weights
+    share = (
+        f"gpu_memory_utilization {config.gpu_memory_utilization} of {available / 2**30:.1f} GiB available, less weights"
+    )
+    useful = config.max_bs * -(-context_len // config.page_size) * size
+    limits = {
+        free: share,
+        useful: f"all that max_bs {config.max_bs} requests of context_len {context_len} can use",
+        CPU_LIMIT: "the default limit on a CPU; set kv_cache_memory for more",
+    }
+    budget = min(limits)
+    if budget < size:
+        raise Unavailable(
+            f"no memory for a KV cache: {share}, leaves {max(free, 0) / 2**20:.0f} MiB "
+            f"for pages of {size / 2**20:.1f} MiB"
+        )
+    return budget // size, limits[budget]
+
+
+def available_memory() -> int:
+    """Bytes that this process may still take, by the kernel's estimate and its control group's limit."""
+    fields = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+    available = next(int(field[1]) * 1024 for field in fields if field[0] == "MemAvailable:")
+    for limit, usage in _CGROUPS:
+        try:
+            allowed, used = (Path("/sys/fs/cgroup", name).read_text().strip() for name in (limit, usage))
+        except OSError:
+            continue
+        if allowed != "max":
+            available = min(available, max(int(allowed) - int(used), 0))
+    return available

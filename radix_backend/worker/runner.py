@@ -1,0 +1,125 @@
+"""Executes steps on this machine's CPU."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from radix_backend.attention.kv_pool import KVPool
+from radix_backend.attention.torch_native import TorchNative
+from radix_backend.config import EngineConfig
+from radix_backend.loading import effective_context_len, read_model_config
+from radix_backend.loading.checkpoint import Checkpoint
+from radix_backend.models.decoder import Decoder
+from radix_backend.process import Reporter
+from radix_backend.sampling.torch_native import sample
+from radix_backend.worker.batch_state import BatchState, StepInput
+from radix_backend.worker.interface import Ints, NewRequest, StepPlan, StepResult
+from radix_backend.worker.memory import plan_pages
+
+log = logging.getLogger(__name__)
+
+# The engine's Python shares the interpreter with the worker thread, which asks for the GIL again after each of some
+# hundred operations a step. The default of 5 ms would let one millisecond of scheduling stall every one of them.
+_SWITCH_INTERVAL = 50e-6  # seconds
+
+
+class Runner:
+    """`Worker` with the model in this process. Steps run in one thread, in the order they were launched."""
+
+    def __init__(self, config: EngineConfig, model_dir: Path, reporter: Reporter) -> None:
+        """Loads the model and computes one small step. Raises what the checkpoint, settings or memory do not allow."""
+        torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0))))
+        sys.setswitchinterval(_SWITCH_INTERVAL)
+        model = read_model_config(model_dir)
+        context_len = effective_context_len(config, model)
+        dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
+        self.num_pages = plan_pages(config, model, dtype, context_len)
+        self._reporter = reporter
+        with torch.inference_mode():
+            self._model = Decoder(
+                model,
+                Checkpoint(model_dir),
+                dtype,
+                context_len,
+                lambda fraction: reporter.phase("loading weights", fraction),
+            )
+            pool = KVPool(model, self.num_pages, config.page_size, dtype)
+            self._attention = TorchNative(pool, model.num_heads)
+            self._state = BatchState(config.max_bs, context_len, config.page_size)
+        self._plans: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[StepResult | BaseException] = queue.SimpleQueue()
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._serve, name="worker", daemon=True)
+        self._thread.start()
+        reporter.phase("warming up")
+        self._warm_up(config.page_size)
+
+    def launch(self, plan: StepPlan) -> None:
+        self._raise_failure()
+        self._plans.put(plan)
+
+    def settle(self) -> StepResult:
+        self._raise_failure()
+        result = self._results.get()
+        if isinstance(result, StepResult):
+            return result
+        self._failure = result
+        raise result
+
+    def close(self) -> None:
+        """Waits for the steps that were launched."""
+        self._plans.put(None)
+        self._thread.join()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _serve(self) -> None:
+        with torch.inference_mode():
+            while (plan := self._plans.get()) is not None:
+                try:
+                    self._results.put(self._execute(plan))
+                except BaseException as error:
+                    # What the batch state holds now is anybody's guess: nothing more is executed.
+                    self._results.put(error)
+                    return
+
+    def _execute(self, plan: StepPlan) -> StepResult:
+        step = self._state.apply(plan)
+        attention = self._attention.plan(step.attention)
+
+        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            self._reporter.progress()  # a step of a large model takes seconds
+            return self._attention.attend(attention, layer, q, k, v)
+
+        logits = self._model.forward(step.token_ids, step.positions, step.sampled, attend)
+        return StepResult(plan.step, self._sample(step, logits))
+
+    def _sample(self, step: StepInput, logits: torch.Tensor) -> Ints:
+        if not len(step.sampled):
+            return np.empty(0, np.int32)
+        self._state.mask_stops(step, logits)
+        tokens = sample(logits, self._state.sampling_rows(step))
+        self._state.append(step, tokens)
+        sampled: Ints = tokens.numpy().astype(np.int32)
+        return sampled
+
+    def _warm_up(self, page_size: int) -> None:
+        """Compile and allocate what the first steps would otherwise wait for. The pages written to are still free."""
+        first = NewRequest(0, np.zeros(1, np.int32), 1, 0, 1.0, 2, 0.5, 0.1, seed=0, min_tokens=0, stop_token_ids=())
+        slot, one, every = np.zeros(1, np.int32), np.ones(1, np.int32), np.ones(1, np.bool_)
+        index = np.arange(-(-2 // page_size), dtype=np.int32)
+        pages = np.zeros_like(index)
+        self.launch(StepPlan(0, [first], pages, index, pages, slots=slot, num_tokens=one, sample=every))
+        self.launch(StepPlan(0, slots=slot, num_tokens=one, sample=every, num_decode=1))
+        self.settle()
+        self.settle()
