@@ -8,6 +8,7 @@ possibly long after; within a step all rows write before any row reads.
 from __future__ import annotations
 
 from collections import deque
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from radix_backend.engine.kv_cache import KVCache
 from radix_backend.engine.request import Request
 from radix_backend.engine.scheduler import Scheduler
 from radix_backend.sampling_params import SamplingParams
-from radix_backend.worker.interface import StepPlan, StepResult
+from radix_backend.worker.interface import StepPlan, StepResult, Worker
 
 VOCAB = 50
 UNWRITTEN = -1
@@ -104,12 +105,18 @@ class SimWorker:
 
 
 class SimEngine:
-    """A scheduler and a `SimWorker`, with the outputs of every request collected by id."""
+    """A scheduler and a worker (a `SimWorker` by default), with the outputs of every request collected by id."""
 
     def __init__(
-        self, num_pages: int = 64, page_size: int = 4, max_bs: int = 8, budget: int = 32, queue: int = 1000
+        self,
+        num_pages: int = 64,
+        page_size: int = 4,
+        max_bs: int = 8,
+        budget: int = 32,
+        queue: int = 1000,
+        worker: Worker | None = None,
     ) -> None:
-        self.worker = SimWorker(num_pages, page_size, max_bs)
+        self.worker = worker or SimWorker(num_pages, page_size, max_bs)
         self.now = 0.0
         self.scheduler = Scheduler(
             KVCache(num_pages, page_size),
@@ -135,14 +142,14 @@ class SimEngine:
         stop: tuple[int, ...] = (),
         output_ids: tuple[int, ...] = (),
         namespace: str = "",
-        min_tokens: int = 0,
+        **sampling: Any,
     ) -> int:
         self._next_id += 1
         self.now += 0.001
         request = Request(
             id=self._next_id,
             prompt=np.array(prompt, np.int32),
-            params=SamplingParams(max_tokens=max_tokens, min_tokens=min_tokens),
+            params=SamplingParams(max_tokens=max_tokens, **sampling),
             stop_token_ids=frozenset(stop),
             max_tokens=max_tokens,
             priority=priority,
@@ -179,7 +186,8 @@ class SimEngine:
         """Until nothing is left to do, with up to ``depth`` steps in flight, auditing after every step."""
         for _ in range(max_steps):
             plan = self.launch()
-            if len(self.worker.queue) == depth or (plan is None and self.worker.queue):
+            in_flight = len(self.scheduler._launched)
+            if in_flight == depth or (plan is None and in_flight):
                 self.settle()
             elif plan is None:
                 assert not self.scheduler.requests, "requests are left, but nothing can be scheduled"
