@@ -1,0 +1,178 @@
+"""``radix-backend serve``: a real `tritonserver` with the engine beside it, until Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from radix_backend.cli.settings import add_settings, given_settings, spell_settings
+from radix_backend.cli.terminal import Terminal
+from radix_backend.cli.tritonserver import PYTHON, find_server
+from radix_backend.client import EngineClient
+from radix_backend.config import EngineConfig, radix_home
+from radix_backend.errors import InvalidArgument, NotFound, Unavailable
+from radix_backend.protocol import Status
+
+_EPILOG = """\
+examples:
+  radix-backend serve                                   the embedded model
+  radix-backend serve --once                            one answer, then exit
+  radix-backend serve --model ./Qwen3-0.6B --max-bs 32  a directory in Hugging Face layout
+  radix-backend serve --host 0.0.0.0 --http-port 9000   for other machines, on another port
+
+Settings beat those of the model repository (1/model.json and config.pbtxt); without any, those hold.
+"""
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "serve",
+        help="start tritonserver with a model and keep serving",
+        description="Start tritonserver with the model 'radix', answer one example question, and serve until Ctrl-C.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    parser.add_argument("--http-port", type=int, default=8000, metavar="PORT", help="(default: 8000)")
+    parser.add_argument("--grpc-port", type=int, default=8001, metavar="PORT", help="(default: 8001)")
+    parser.add_argument("--metrics-port", type=int, default=8002, metavar="PORT", help="(default: 8002)")
+    parser.add_argument(
+        "--model-repository",
+        type=Path,
+        metavar="DIR",
+        help="holds the model 'radix' (default: ./model_repository, or the checkout's)",
+    )
+    parser.add_argument("--once", action="store_true", help="exit after the answer to the example question")
+    parser.add_argument("--no-example", action="store_true", help="ask no example question")
+    add_settings(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    try:
+        from radix_backend.cli.example import QUESTION, answer
+        from radix_backend.cli.repository import MODEL, Repository
+        from radix_backend.cli.server_process import Ports, ServerEnded, ServerProcess
+    except ModuleNotFoundError as error:
+        hint = f"{sys.executable} -m pip install 'radix-backend[server]'"
+        raise NotFound(f"the package {error.name!r} is missing; run script/server, or: {hint}") from None
+
+    repository = Repository(arguments.model_repository)
+    flags = given_settings(arguments)
+    config = EngineConfig.parse(repository.settings() | flags)
+    ports = Ports(arguments.host, arguments.http_port, arguments.grpc_port, arguments.metrics_port)
+    ports.check()
+    server = find_server()
+    if server.stub_python() not in (None, PYTHON):
+        raise InvalidArgument(
+            f"{server.binary} runs models with Python {server.stub_python()}, and this is Python {PYTHON}; accepted: "
+            "an environment of that version"
+        )
+    terminal = Terminal()
+    try:
+        with _stop_signals(), contextlib.ExitStack() as running:
+            terminal.say(f"tritonserver: {server.binary}")
+            client = EngineClient(config, on_log=_Log(terminal), on_status=_Progress(terminal))
+            running.callback(client.close, linger=False)
+            log = radix_home() / "logs" / f"tritonserver-{ports.http}.log"
+            triton = ServerProcess(server, repository.path, ports, log)
+            running.callback(triton.stop)
+            triton.wait_live()
+            triton.load(MODEL, repository.config_with(spell_settings(config, list(flags))) if flags else None)
+            _wait_ready(client, triton)
+            terminal.done_waiting()
+            if not arguments.no_example:
+                print(f"\nQ: {QUESTION}\nA: ", end="", flush=True)
+                for text in answer(ports.address(ports.grpc), client):
+                    print(text, end="", flush=True)
+                print(flush=True)
+            if not arguments.once:
+                terminal.say(_directions(ports.address(ports.http), ports.address(ports.grpc), ports, log))
+                triton.wait(lambda: _check(client))
+    except _Stop:
+        pass
+    except ServerEnded as error:
+        terminal.say(f"radix-backend: {error}")
+        return error.status or 1
+    return 0
+
+
+def _wait_ready(client: EngineClient, triton: Any) -> None:
+    while client.status.state != "ready":
+        triton.check()
+        with contextlib.suppress(Unavailable):
+            client.wait_ready(0.2)
+
+
+def _check(client: EngineClient) -> None:
+    if client.status.state == "failed":
+        raise Unavailable(f"the engine failed: {client.status.detail}")
+
+
+def _directions(http: str, grpc: str, ports: Any, log: Path) -> str:
+    body = '{"text_input": "The capital of France is", "stream": true, "max_tokens": 32, "temperature": 0}'
+    example = Path(__file__).resolve().parents[2] / "client_examples" / "grpc_stream.py"
+    return f"""
+Serving 'radix': HTTP http://{http}, gRPC {grpc}, metrics http://{ports.address(ports.metrics)}/metrics
+tritonserver's log: {log}
+
+Try, from another terminal:
+  curl -N http://{http}/v2/models/radix/generate_stream -d {shlex.quote(body)}
+  {sys.executable} {example} --url {grpc} "The capital of France is"
+
+Ctrl-C stops it."""
+
+
+class _Stop(BaseException):
+    """SIGTERM, Ctrl-C, or the terminal was closed."""
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[None]:
+    """Turn the first stop signal into `_Stop` and ignore those that follow: what runs is being stopped."""
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def stop(*_: object) -> None:
+        for number in signals:
+            signal.signal(number, signal.SIG_IGN)
+        raise _Stop
+
+    before = {number: signal.signal(number, stop) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Log:
+    """Shows the engine's warnings and errors."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        self._terminal = terminal
+
+    def __call__(self, level: str, source: str, line: str) -> None:
+        if level in ("warning", "error"):
+            self._terminal.say(f"{source}: {level}: {line}")
+
+
+class _Progress:
+    """Shows what the engine is doing until it is ready, and that it has to start again."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        self._terminal = terminal
+
+    def __call__(self, status: Status) -> None:
+        text = f"engine: {status.detail or status.state}"
+        if status.state == "starting":
+            self._terminal.waiting(text)
+        elif status.state == "restarting":
+            self._terminal.say(f"engine restarts: {status.detail}")
+        elif status.state == "ready":
+            self._terminal.say("engine: ready")
