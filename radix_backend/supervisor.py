@@ -294,7 +294,7 @@ class Supervisor:
             waker.close()
 
 
-def run_foreground(config: EngineConfig, endpoint_dir: Path | None = None) -> None:
+def run_foreground(config: EngineConfig, endpoint_dir: Path | None = None, programs: Programs = Programs()) -> None:
     """Serve in ``endpoint_dir`` (default: where clients with ``config`` look) until SIGTERM or Ctrl-C.
 
     Logs to stderr. Raises Unavailable if a sidecar serves there already, InvalidArgument if the directory is unusable
@@ -307,7 +307,7 @@ def run_foreground(config: EngineConfig, endpoint_dir: Path | None = None) -> No
             raise Unavailable(f"a sidecar (pid {run_dir.owner_pid()}) already serves {run_dir.path}")
         run_dir.config.write_bytes(msgspec.json.encode(config))
     _log_to(logging.StreamHandler(), "%(levelname)s %(name)s: %(message)s")
-    last = Supervisor(run_dir, claim, config, stays=True).run()
+    last = Supervisor(run_dir, claim, config, programs, stays=True).run()
     if last.state == "failed":
         raise InvalidArgument(last.detail)
 

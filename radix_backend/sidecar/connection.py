@@ -159,10 +159,10 @@ class Connection(threading.Thread):
             self._gateway.send(message)
 
     def abort(self, requests: list[int]) -> None:
-        found = [request for request in requests if request in self._running]
-        self._abort(found)
-        for request in found:
-            self._fail(self._running.pop(request), Cancelled("the request was cancelled"))
+        found = {request: sink for request in requests if (sink := self._running.pop(request, None)) is not None}
+        self._abort(list(found))
+        for sink in found.values():
+            self._fail(sink, Cancelled("the request was cancelled"))
 
     def call(self, call: int, future: Future[Any], message: bytes) -> None:
         if self._gateway is None or self._status.state != "ready":

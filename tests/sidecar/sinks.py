@@ -1,0 +1,43 @@
+"""A sink that remembers, and notices a call that must not be."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import numpy.typing as npt
+
+from radix_backend.errors import RadixError
+from radix_backend.protocol import Receipt
+from tests.sidecar.world import PATIENCE
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.text = ""
+        self.ends: list[int | RadixError] = []
+        self.receipt: Receipt | None = None
+        self.calls_after_the_end = 0
+        self._ended = threading.Event()
+
+    def on_tokens(self, token_ids: npt.NDArray[np.int32], text: str, finish: int, receipt: Receipt | None) -> None:
+        self.calls_after_the_end += bool(self.ends)
+        self.tokens += token_ids.tolist()
+        self.text += text
+        if finish:
+            self.receipt = receipt
+            self._end(finish)
+
+    def on_error(self, error: RadixError) -> None:
+        self.calls_after_the_end += bool(self.ends)
+        self._end(error)
+
+    def end(self) -> int | RadixError:
+        """Wait for the last call: a finish or an error."""
+        assert self._ended.wait(PATIENCE), "the request never ended"
+        return self.ends[0]
+
+    def _end(self, how: int | RadixError) -> None:
+        self.ends.append(how)
+        self._ended.set()
