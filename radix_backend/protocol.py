@@ -60,6 +60,7 @@ class Submit(Message):
     priority: int = 0  # lower is served earlier; one step is worth `scheduler.AGING_SECONDS` of waiting
     output_ids: bytes = b""  # "<i4"
     emitted_chars: int = 0
+    add_special_tokens: bool = True  # to `text`, as the tokenizer would (a BOS); False for what `RenderChat` gave
 
 
 class Abort(Message):
@@ -82,6 +83,7 @@ class Tokenize(Message):
 
     call: int
     text: str
+    add_special_tokens: bool = True
 
 
 class Detokenize(Message):
