@@ -90,8 +90,8 @@ def join_or_start(config: EngineConfig, lease: Lease) -> LeaseSocket:
 def python_executable(config: EngineConfig) -> str:
     """The interpreter for the sidecar. Raises InvalidArgument if there is none.
 
-    ``sys.executable`` is not always one: inside Triton's stub it is the stub, and only ``sys.prefix`` tells where the
-    environment's interpreter is.
+    ``sys.executable`` need not be one: a program that embeds Python, as Triton's stub does, may find itself there.
+    Then only ``sys.prefix`` tells where the environment's interpreter is.
     """
     if config.engine_python is not None:
         found = shutil.which(Path(config.engine_python).expanduser())
