@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import threading
 import time
@@ -21,6 +22,7 @@ class Load(msgspec.Struct):
 
     prompts: list[list[int]]
     max_tokens: int
+    parameters: dict[str, float] = {}  # further request parameters
 
 
 class Result(msgspec.Struct):
@@ -33,8 +35,34 @@ class Result(msgspec.Struct):
     cpu_seconds: float
 
 
-def request_bytes(model: str, prompt: list[int], max_tokens: int) -> bytes:
-    """A serialized ModelInferRequest that streams exactly ``max_tokens`` tokens, greedily."""
+class LightClient:
+    """This module in a process of its own."""
+
+    def __init__(self, url: str, model: str) -> None:
+        command = [sys.executable, "-m", "radix_backend.bench.light_client", url, model]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def run(self, load: Load) -> Result:
+        """Raises RuntimeError if a stream failed."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(msgspec.json.encode(load) + b"\n")
+        self._process.stdin.flush()
+        result = msgspec.json.decode(self._process.stdout.readline(), type=Result)
+        if result.errors:
+            raise RuntimeError(f"{result.errors} of {len(load.prompts)} streams failed")
+        return result
+
+    def __enter__(self) -> LightClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        self._process.wait()
+
+
+def request_bytes(model: str, prompt: list[int], load: Load) -> bytes:
+    """A serialized ModelInferRequest that streams exactly ``load.max_tokens`` tokens, greedily."""
     request = service_pb2.ModelInferRequest(model_name=model)
     for name, datatype, values in (
         ("input_ids", "INT32", np.array(prompt, np.int32)),
@@ -44,14 +72,16 @@ def request_bytes(model: str, prompt: list[int], max_tokens: int) -> bytes:
         tensor.name, tensor.datatype = name, datatype
         tensor.shape.append(len(values))
         request.raw_input_contents.append(values.tobytes())
-    request.parameters["max_tokens"].int64_param = max_tokens
+    request.parameters["max_tokens"].int64_param = load.max_tokens
     request.parameters["temperature"].double_param = 0.0
     request.parameters["ignore_eos"].bool_param = True
+    for name, value in load.parameters.items():
+        request.parameters[name].double_param = value
     return bytes(request.SerializeToString())
 
 
-def run(url: str, model: str, load: Load) -> Result:
-    requests = [request_bytes(model, prompt, load.max_tokens) for prompt in load.prompts]
+def stream_all(url: str, model: str, load: Load) -> Result:
+    requests = [request_bytes(model, prompt, load) for prompt in load.prompts]
     first = [0.0] * len(requests)
     responses = [0] * len(requests)
     errors = [0] * len(requests)
@@ -86,7 +116,7 @@ def run(url: str, model: str, load: Load) -> Result:
 def main() -> None:
     url, model = sys.argv[1:]
     for line in sys.stdin.buffer:
-        result = run(url, model, msgspec.json.decode(line, type=Load))
+        result = stream_all(url, model, msgspec.json.decode(line, type=Load))
         sys.stdout.buffer.write(msgspec.json.encode(result) + b"\n")
         sys.stdout.buffer.flush()
 

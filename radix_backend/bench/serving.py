@@ -16,14 +16,19 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from radix_backend.bench.light_client import Load, Result
+from radix_backend.bench.floor import floor_us_per_response
+from radix_backend.bench.light_client import LightClient, Load, Result
 from radix_backend.bench.processes import cpu_seconds, free_ports, sidecar_processes, triton_processes
 from radix_backend.client import EngineClient
 from radix_backend.config import EngineConfig
@@ -32,6 +37,7 @@ from radix_backend.protocol import Receipt
 from radix_backend.sampling_params import SamplingParams
 
 PROMPT_TOKENS = 64
+OUTSIDE = ("tritonserver", "stub", "gateway")
 START_TIMEOUT = 600.0  # seconds; the first start converts the model
 
 
@@ -66,9 +72,11 @@ def offline(client: EngineClient, load: Load) -> Result:
         client.submit(params, input_ids=prompt, sink=sink)
     for sink in sinks:
         sink.done.wait()
-    errors = sum(sink.error is not None for sink in sinks)
     seconds = time.perf_counter() - started
-    return Result(seconds, 0, [sink.first for sink in sinks], errors, time.process_time() - cpu)
+    for sink in sinks:
+        if sink.error is not None:
+            raise sink.error
+    return Result(seconds, 0, [sink.first for sink in sinks], 0, time.process_time() - cpu)
 
 
 class Bench:
@@ -76,91 +84,88 @@ class Bench:
 
     def __init__(self, settings: list[str], config: EngineConfig) -> None:
         http, grpc, metrics = free_ports(3)
-        command = [sys.executable, "-m", "radix_backend.cli", "serve", "--no-example"]
         ports = ["--http-port", str(http), "--grpc-port", str(grpc), "--metrics-port", str(metrics)]
-        self.server = subprocess.Popen([*command, *ports, *settings], stdout=subprocess.PIPE, text=True)
-        assert self.server.stdout is not None
-        deadline = time.monotonic() + START_TIMEOUT
-        for line in self.server.stdout:
-            if f":{grpc}" in line or time.monotonic() > deadline:
-                break
-        threading.Thread(target=self.server.stdout.read, daemon=True).start()
+        command = [sys.executable, "-m", "radix_backend.cli", "serve", "--no-example", *ports, *settings]
+        self.server = subprocess.Popen(command)
         self.engine = EngineClient(config)
         self.engine.wait_ready(START_TIMEOUT)
-        self.client = subprocess.Popen(
-            [sys.executable, "-m", "radix_backend.bench.light_client", f"127.0.0.1:{grpc}", "radix"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
+        _wait_served(f"http://127.0.0.1:{http}/v2/models/radix/ready", self.server)
+        self.client = LightClient(f"127.0.0.1:{grpc}", "radix")
         self.processes = {**triton_processes(self.server.pid), **sidecar_processes(config)}
 
-    def triton(self, load: Load) -> Result:
-        """The load through gRPC streams."""
-        assert self.client.stdin is not None
-        assert self.client.stdout is not None
-        self.client.stdin.write(msgspec.json.encode(load) + b"\n")
-        self.client.stdin.flush()
-        return msgspec.json.decode(self.client.stdout.readline(), type=Result)
-
-    def tokens(self) -> int:
-        return int(self.engine.stats()["generation_tokens_total"])
-
     def close(self) -> None:
-        self.client.terminate()
+        self.client.__exit__()
         self.engine.close()
         self.server.terminate()
         self.server.wait(30)
 
 
+def _wait_served(url: str, server: subprocess.Popen[bytes]) -> None:
+    while server.poll() is None:
+        try:
+            urllib.request.urlopen(url, timeout=5).close()
+            return
+        except OSError:
+            time.sleep(0.2)
+    raise SystemExit("the server ended; its output is above")
+
+
+@dataclass
+class Tally:
+    """What one way of driving the engine took, over all rounds."""
+
+    tokens: float = 0
+    seconds: float = 0.0
+    responses: int = 0
+    steps: float = 0
+    host_seconds: float = 0.0
+    first: list[float] = field(default_factory=list)
+    cpu: Counter[str] = field(default_factory=Counter)
+
+    def report(self) -> dict[str, Any]:
+        return {
+            "tokens": int(self.tokens),
+            "tok_s": self.tokens / self.seconds,
+            "ttft_ms": 1e3 * sum(self.first) / len(self.first),
+            "cpu_us_per_token": {process: 1e6 * cpu / self.tokens for process, cpu in self.cpu.items()},
+            "engine_python_us_per_step": 1e6 * self.host_seconds / self.steps,
+        }
+
+
 def measure(bench: Bench, streams: int, max_tokens: int, rounds: int) -> dict[str, Any]:
     """Rounds of offline and Triton, in turns, each with prompts of its own so that no cache helps."""
-    prompts = random.Random(0)
+    numbers = random.Random(0)
 
     def load(tokens: int) -> Load:
-        return Load([[prompts.randint(100, 8000) for _ in range(PROMPT_TOKENS)] for _ in range(streams)], tokens)
+        return Load([[numbers.randint(100, 8000) for _ in range(PROMPT_TOKENS)] for _ in range(streams)], tokens)
 
-    for way in (bench.triton, lambda load: offline(bench.engine, load)):
+    ways: dict[str, Callable[[Load], Result]] = {
+        "offline": partial(offline, bench.engine),
+        "triton": bench.client.run,
+    }
+    tallies = {name: Tally() for name in ways}
+    for way in ways.values():
         way(load(8))
-    ways: dict[str, Any] = {"offline": lambda load: offline(bench.engine, load), "triton": bench.triton}
-    report: dict[str, Any] = {"streams": streams, "max_tokens": max_tokens, "rounds": rounds}
-    for name in ways:
-        report[name] = {
-            "tokens": 0,
-            "seconds": 0.0,
-            "responses": 0,
-            "first": [],
-            "cpu": dict.fromkeys(bench.processes, 0.0),
-        }
-    host = {name: 0.0 for name in ways}
-    steps = dict.fromkeys(ways, 0.0)
     for _ in range(rounds):
         for name, way in ways.items():
-            entry = report[name]
-            tokens, before = bench.tokens(), {p: cpu_seconds(pid) for p, pid in bench.processes.items()}
-            stats = bench.engine.stats()
+            tally, before = tallies[name], bench.engine.stats()
+            cpu = {process: cpu_seconds(pid) for process, pid in bench.processes.items()}
             result = way(load(max_tokens))
-            if result.errors:
-                raise RuntimeError(f"{result.errors} of {streams} streams failed ({name})")
             after = bench.engine.stats()
-            host[name] += after["host_seconds_total"] - stats["host_seconds_total"]
-            steps[name] += after["steps_total"] - stats["steps_total"]
-            entry["tokens"] += bench.tokens() - tokens
-            entry["seconds"] += result.seconds
-            entry["responses"] += result.responses
-            entry["first"] += result.first
-            for process, pid in bench.processes.items():
-                entry["cpu"][process] += cpu_seconds(pid) - before[process]
-    for name in ways:
-        entry = report[name]
-        first = entry.pop("first")
-        entry["tok_s"] = entry["tokens"] / entry["seconds"]
-        entry["ttft_ms"] = 1e3 * sum(first) / len(first)
-        entry["cpu_us_per_token"] = {p: 1e6 * cpu / entry["tokens"] for p, cpu in entry.pop("cpu").items()}
-        entry["engine_python_us_per_step"] = 1e6 * host[name] / steps[name]
-    report["triton"]["tokens_per_response"] = report["triton"]["tokens"] / report["triton"]["responses"]
-    outside = ("tritonserver", "stub", "gateway")
-    report["outside_engine_us_per_token"] = sum(report["triton"]["cpu_us_per_token"][p] for p in outside)
-    report["throughput_ratio"] = report["triton"]["tok_s"] / report["offline"]["tok_s"]
+            tally.tokens += after["generation_tokens_total"] - before["generation_tokens_total"]
+            tally.steps += after["steps_total"] - before["steps_total"]
+            tally.host_seconds += after["host_seconds_total"] - before["host_seconds_total"]
+            tally.seconds += result.seconds
+            tally.responses += result.responses
+            tally.first += result.first
+            tally.cpu.update({process: cpu_seconds(pid) - cpu[process] for process, pid in bench.processes.items()})
+    report: dict[str, Any] = {"streams": streams, "max_tokens": max_tokens, "rounds": rounds}
+    report |= {name: tally.report() for name, tally in tallies.items()}
+    through = report["triton"]
+    report["tokens_per_response"] = tallies["triton"].tokens / tallies["triton"].responses
+    report["outside_engine_us_per_token"] = sum(through["cpu_us_per_token"][p] for p in OUTSIDE)
+    report["throughput_ratio"] = through["tok_s"] / report["offline"]["tok_s"]
+    report["floor_us_per_response"] = floor_us_per_response(load(max_tokens), streams / through["tok_s"])
     return report
 
 
@@ -174,9 +179,11 @@ def show(report: dict[str, Any]) -> str:
             f"          CPU us/token: {cpu}",
             f"          engine's own Python: {entry['engine_python_us_per_step']:.0f} us/step",
         ]
+    floor = "  ".join(f"{process} {us:.0f}" for process, us in report["floor_us_per_response"].items())
     lines += [
-        f"tokens per response: {report['triton']['tokens_per_response']:.2f}",
-        f"CPU outside the engine (tritonserver + stub + gateway): {report['outside_engine_us_per_token']:.0f} us/token",
+        f"tokens per response: {report['tokens_per_response']:.2f}",
+        f"CPU outside the engine ({' + '.join(OUTSIDE)}): {report['outside_engine_us_per_token']:.0f} us/token",
+        f"CPU of a model with no engine at the same pace: {floor} us/response",
         f"throughput, Triton over offline: {report['throughput_ratio']:.3f}",
     ]
     return "\n".join(lines)
