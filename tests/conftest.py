@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.models.embedded import embedded_dir
+
+
+@pytest.fixture(scope="session", autouse=True)
+def runtime_dir() -> Iterator[Path]:
+    """A runtime directory of this session's own: its tests never join, nor are joined by, another sidecar."""
+    directory = Path(tempfile.mkdtemp(prefix="radix-test-", dir="/tmp"))  # short: socket paths end at 107 bytes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", os.fspath(directory))
+        yield directory
+    shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="session")
+def embedded_model_dir() -> Path:
+    """SmolLM2-135M-Instruct in Hugging Face layout, converted once into the user's cache."""
+    return embedded_dir()
