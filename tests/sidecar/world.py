@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -108,6 +108,9 @@ class World:
             process.kill()
             with process:  # closes its pipes and waits
                 pass
-        for process in self.alive():
-            process.send_signal(signal.SIGKILL)
+        leaving = self.alive()
+        for sidecar in leaving:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                sidecar.kill()
+        psutil.wait_procs(leaving, PATIENCE)  # none of them is removing files any more
         shutil.rmtree(self.root)
