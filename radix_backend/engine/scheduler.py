@@ -175,7 +175,7 @@ class Scheduler:
             if request.first_token is None:
                 request.first_token = now
             num_outputs = len(request.output_ids)
-            if token in request.stop_token_ids and num_outputs >= request.params.min_tokens:
+            if token in request.stop_token_ids and num_outputs > request.params.min_tokens:
                 self._end(request, STOP, token)
             elif num_outputs >= request.max_tokens:
                 self._end(request, LENGTH, token)

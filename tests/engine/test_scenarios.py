@@ -62,12 +62,13 @@ def test_stop_token_seen_late_discards_the_overrun() -> None:
     assert_nothing_held(engine)
 
 
-def test_min_tokens_ignores_an_early_stop() -> None:
+def test_no_stop_is_honoured_before_min_tokens() -> None:
     expected = continuation(PREFIX, 12)
     engine = SimEngine()
-    request = engine.add(PREFIX, max_tokens=12, stop=tuple(expected[:3]), min_tokens=5)
+    request = engine.add(PREFIX, max_tokens=12, stop=tuple(expected), min_tokens=5)
     engine.run()
-    assert len(engine.outputs[request]) >= 5
+    assert engine.outputs[request] == expected[:6]
+    assert engine.finish[request] == STOP
 
 
 def test_abort_while_waiting_is_silent_and_frees_everything() -> None:
