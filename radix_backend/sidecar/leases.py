@@ -54,7 +54,6 @@ class _Member:
     sock: socket.socket
     process: Process
     lease: Lease | None = None  # None until it has asked
-    goodbye: Goodbye | None = None
     parent: Process | None = None  # must not be outlived
     orphaned_at: float | None = None
     unsent: bytes = b""  # the newest Status, when the socket was full
@@ -146,7 +145,7 @@ class Leases:
         with contextlib.suppress(msgspec.DecodeError):
             message = _message.decode(datagram)
         if isinstance(message, Goodbye):
-            member.goodbye = message
+            self._drop(member, message)
         elif refusal := self._refusal(message):
             _send(member, msgspec.json.encode(Status("failed", 0, refusal)))
             self._drop(member)
@@ -160,12 +159,12 @@ class Leases:
             member.parent = Process(lease.parent)
         _send(member, msgspec.json.encode(self._joined()))
 
-    def _drop(self, member: _Member) -> None:
+    def _drop(self, member: _Member, goodbye: Goodbye | None = None) -> None:
         self._members.remove(member)
         self._selector.unregister(member.sock)
         member.sock.close()
         if member.lease is not None:
-            self._left(member.goodbye)
+            self._left(goodbye)
 
 
 def _send(member: _Member, data: bytes) -> bool:
