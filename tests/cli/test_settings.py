@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import pytest
+
+from radix_backend.cli.settings import add_settings, given_settings, spell_settings
+from radix_backend.config import EngineConfig
+
+VALUES: dict[str, Any] = {
+    "model": "some/model",
+    "dtype": "float32",
+    "max_bs": 3,
+    "max_batched_tokens": 99,
+    "context_len": 777,
+    "page_size": 1,
+    "gpu_memory_utilization": 0.25,
+    "kv_cache_memory": 2**31,
+    "max_queue_size": 5,
+    "tp_size": 1,
+    "pp_size": 1,
+    "disable_async_scheduling": True,
+    "namespace": "a b",
+    "log_level": "debug",
+    "engine_python": "/usr/bin/python3",
+    "engine_endpoint": "/run/radix",
+    "linger": 0.5,
+}
+
+
+def given(*arguments: str) -> dict[str, str]:
+    parser = argparse.ArgumentParser()
+    add_settings(parser)
+    return given_settings(parser.parse_args(arguments))
+
+
+def test_every_setting_is_a_flag() -> None:
+    assert set(VALUES) == set(EngineConfig.__struct_fields__)
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in VALUES.items()]
+    assert EngineConfig.parse(given(*flags)) == EngineConfig(**VALUES)
+
+
+def test_settings_that_are_not_given_are_left_to_the_repository() -> None:
+    assert given() == {}
+    assert given("--max-bs", "4") == {"max_bs": "4"}
+
+
+@pytest.mark.parametrize(("argument", "value"), [("", True), ("=true", True), ("=false", False)])
+def test_switch_may_stand_alone(argument: str, value: bool) -> None:
+    config = EngineConfig.parse(given(f"--disable-async-scheduling{argument}"))
+    assert config.disable_async_scheduling is value
+
+
+def test_spelled_settings_parse_to_the_same() -> None:
+    config = EngineConfig(**VALUES)
+    assert EngineConfig.parse(spell_settings(config, list(VALUES))) == config

@@ -1,0 +1,106 @@
+"""From tensors and parameters to a request; what a real server cannot be made to send is here too."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from radix_backend.errors import InvalidArgument, Unsupported
+from radix_backend.triton.request import Request, parse
+
+
+def tensors(**inputs: Any) -> dict[str, np.ndarray[Any, Any]]:
+    return {
+        name: np.array([value.encode()], dtype=object) if isinstance(value, str) else np.array(value)
+        for name, value in inputs.items()
+    }
+
+
+def parsed(parameters: dict[str, Any] | None = None, **inputs: Any) -> Request:
+    return parse(tensors(**inputs), json.dumps(parameters) if parameters else "")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "echo"),
+    [
+        ({}, "prompt"),
+        ({"exclude_input_in_output": [False]}, "prompt"),
+        ({"exclude_input_in_output": [True]}, ""),
+        ({"stream": [True]}, ""),
+        ({"stream": [True], "exclude_input_in_output": [True]}, ""),
+    ],
+)
+def test_prompt_is_repeated_in_whole_answers_by_default(inputs: dict[str, Any], echo: str) -> None:
+    assert parsed(text_input="prompt", **inputs).echo == echo
+
+
+def test_prompt_of_token_ids_is_never_repeated() -> None:
+    assert parsed(input_ids=[1, 2]).echo == ""
+    with pytest.raises(InvalidArgument, match="accepted with 'input_ids': true"):
+        parsed(input_ids=[1, 2], exclude_input_in_output=[False])
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_token_ids_of_either_width_are_a_prompt(dtype: type) -> None:
+    request = parse({"input_ids": np.array([5, 6], dtype=dtype)}, "")
+    assert request.text is None
+    assert request.input_ids is not None
+    assert request.input_ids.tolist() == [5, 6]
+
+
+def test_sampling_parameters_beat_request_parameters() -> None:
+    request = parsed(
+        {"max_tokens": 5, "temperature": "0.5", "ignore_eos": True},
+        text_input="a",
+        sampling_parameters='{"max_tokens": "7", "stop": "x"}',
+    )
+    assert (request.params.max_tokens, request.params.temperature, request.params.ignore_eos) == (7, 0.5, True)
+    assert request.params.stop == ["x"]
+
+
+@pytest.mark.parametrize("priority", [-3, "-3"])
+def test_priority_is_no_sampling_parameter(priority: int | str) -> None:
+    assert parsed({"priority": priority}, text_input="a").priority == -3
+    assert parsed(text_input="a", sampling_parameters=json.dumps({"priority": priority})).priority == -3
+
+
+def test_wanted_outputs() -> None:
+    request = parsed(text_input="a", return_finish_reason=[True], return_token_ids=[False], return_logprobs=[False])
+    assert request.returns == {"return_finish_reason"}
+
+
+def test_empty_image_is_no_image() -> None:
+    assert parsed(text_input="a", image=np.array([], dtype=object)).text == "a"
+
+
+@pytest.mark.parametrize(
+    ("inputs", "error", "message"),
+    [
+        ({"stream": [1.5]}, InvalidArgument, "input 'stream' is float64 of shape [1]; accepted: BOOL of shape [1]"),
+        ({"stream": [True, False]}, InvalidArgument, "input 'stream' is bool of shape [2]"),
+        ({"sampling_parameters": [3]}, InvalidArgument, "input 'sampling_parameters' is int64 of shape [1]"),
+        ({"sampling_parameters": "3"}, InvalidArgument, "input 'sampling_parameters' is '3'; accepted: a JSON object"),
+        (
+            {"sampling_parameters": '{"priority": "x"}'},
+            InvalidArgument,
+            "request parameter 'priority' is 'x'; accepted: int",
+        ),
+        ({"prompt": "b"}, InvalidArgument, "unknown input 'prompt'; accepted: exclude_input_in_output, "),
+        ({"return_cumulative_logprob": [True]}, Unsupported, "input 'return_cumulative_logprob' is true"),
+    ],
+)
+def test_errors_name_the_input_the_value_and_what_is_accepted(
+    inputs: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error) as raised:
+        parsed(text_input="a", **inputs)
+    assert message in str(raised.value)
+
+
+def test_token_ids_of_another_shape_or_type_are_refused() -> None:
+    for ids in ([[1, 2]], [1.0]):
+        with pytest.raises(InvalidArgument, match="accepted: INT32 or INT64 of shape"):
+            parsed(input_ids=ids)
