@@ -207,9 +207,9 @@ class EngineClient:
     def detokenize(self, ids: Sequence[int], *, timeout: float = _CALL_TIMEOUT) -> str:
         return str(self._ask(lambda call: Detokenize(call, list(ids)), timeout))
 
-    def stats(self, *, timeout: float = _CALL_TIMEOUT) -> dict[str, float]:
-        """The engine's figures, see engine/stats.py."""
-        return dict(self._ask(Stats, timeout))
+    def stats(self, *, audit: bool = False, timeout: float = _CALL_TIMEOUT) -> dict[str, float]:
+        """The engine's figures, see engine/stats.py; ``audit`` checks its page invariant first."""
+        return dict(self._ask(lambda call: Stats(call, audit), timeout))
 
     def close(self, linger: bool = True) -> None:
         """Give the lease up; requests that run end with Cancelled. Returns when the I/O thread is done.
