@@ -71,9 +71,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     namespace: Annotated[
         str, Meta(description="salt of the prefix cache: engines' entries with other salts never match")
     ] = ""
-    log_level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="of the engine's log")] = (
-        "info"
-    )
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="of the engine's log")] = "info"
     engine_python: Annotated[str | None, Meta(description="interpreter that runs the sidecar; default: this one")] = (
         None
     )

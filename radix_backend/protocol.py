@@ -203,9 +203,8 @@ class Step(Message):
 
     ids: bytes  # "<i8"
     counts: bytes  # "<i4"
-    finish: (
-        bytes  # "u1"; STOP here is a stop token (the last of this request's tokens), or the answer to Finish(STOP)
-    )
+    # "u1"; STOP is a stop token (the last of this request's tokens), or the answer to Finish(STOP)
+    finish: bytes
     tokens: bytes  # "<i4"
     receipts: list[Receipt]  # of the requests that finish here, in order
 

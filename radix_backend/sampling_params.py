@@ -31,9 +31,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     temperature: Annotated[float, Meta(ge=0, description="0 is greedy (argmax)")] = 1.0
     top_k: Annotated[int, Meta(ge=-1, description="keep the k likeliest tokens; -1 or 0: all")] = -1
     top_p: Annotated[float, Meta(gt=0, le=1, description="keep the likeliest tokens that make up this mass")] = 1.0
-    min_p: Annotated[float, Meta(ge=0, le=1, description="drop tokens below this fraction of the likeliest one")] = (
-        0.0
-    )
+    min_p: Annotated[float, Meta(ge=0, le=1, description="drop tokens below this fraction of the likeliest one")] = 0.0
     seed: Annotated[
         Annotated[int, Meta(ge=0, le=MAX_SEED)] | None,
         Meta(description="makes the stream replayable; drawn when absent"),

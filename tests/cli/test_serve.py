@@ -115,7 +115,12 @@ def test_flags_reach_the_engine_beside_the_repository_s_own_parameters(
     with urllib.request.urlopen(f"http://127.0.0.1:{command.http}/v2/models/radix/config") as response:
         config = json.load(response)
     parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
-    assert parameters == {"namespace": "mine", "max_batched_tokens": "256", "max_bs": "4", "kv_cache_memory": str(64 << 20)}
+    assert parameters == {
+        "namespace": "mine",
+        "max_batched_tokens": "256",
+        "max_bs": "4",
+        "kv_cache_memory": str(64 << 20),
+    }
     assert config["instance_group"][0]["kind"] == "KIND_MODEL"
     assert len([process for process in sidecars() if "radix_backend.engine" in process.cmdline()]) == 1
 
