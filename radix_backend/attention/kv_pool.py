@@ -22,9 +22,9 @@ class KVPool:
 
     def __init__(self, model: ModelConfig, num_pages: int, page_size: int, dtype: torch.dtype) -> None:
         self.page_size = page_size
+        self.dtype = dtype
         shape = (model.num_layers, 2, num_pages, model.num_kv_heads, page_size, model.head_dim)
-        self._data = torch.empty(shape, dtype=dtype)
-        self._layers = [(layer[0], layer[1]) for layer in self._data]
+        self._layers = [(layer[0], layer[1]) for layer in torch.empty(shape, dtype=dtype)]
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer."""

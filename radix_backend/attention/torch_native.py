@@ -1,90 +1,146 @@
-"""Attention in plain torch: runs everywhere, in every dtype; the reference for other backends."""
+"""Attention in plain torch: runs everywhere, in every dtype; the reference for other backends.
+
+Where numba works, single queries on a CPU take a compiled kernel instead.
+"""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from radix_backend.attention.base import AttentionStep, DecodeRows, PrefillChunk
+from radix_backend.attention.base import AttentionStep, DecodeRows
 from radix_backend.attention.kv_pool import KVPool
+
+if TYPE_CHECKING:
+    from radix_backend.attention.decode_kernel import DecodeKernel, Queries
+
+log = logging.getLogger(__name__)
+
+# Queries times KV tokens up to which a chunk is computed as so many single queries: the start of a
+# scaled_dot_product_attention costs about as much.
+_SMALL_CHUNK = 4096
+
+
+def compile_decode(pool: KVPool, num_heads: int) -> DecodeKernel | None:
+    """The kernel for single queries, or None with a warning: then everything is plain torch, only slower."""
+    try:
+        from radix_backend.attention.decode_kernel import DecodeKernel
+
+        return DecodeKernel(pool, num_heads)
+    except Exception as error:  # numba fails in many ways, none of which is worth a server
+        log.warning("no compiled decode attention, plain torch instead: %s: %s", type(error).__name__, error)
+        return None
 
 
 @dataclass(frozen=True)
 class _Span:
-    """Queries of one request: tokens ``first`` to ``first + num_tokens``, over the KV in ``pages``."""
+    """``num_tokens`` queries of one request from token ``first`` on, over ``length`` tokens of KV."""
 
     first: int
     num_tokens: int
     length: int
-    pages: Tensor  # [pages] int64
-    mask: Tensor | None  # [num_tokens, length], added to the scores; None: every query sees all
+    slot: int
 
 
 @dataclass(frozen=True)
 class _Plan:
-    step: AttentionStep
-    write_pages: Tensor  # [tokens] int64
-    write_offsets: Tensor  # [tokens] int64
-    decodes: list[DecodeRows]
-    spans: list[_Span]
+    page_table: Tensor
+    write_pages: Tensor  # [tokens] int32
+    write_offsets: Tensor  # [tokens] int32
+    queries: Queries | None  # for the kernel
+    spans: list[tuple[_Span, Tensor, Tensor]]  # for torch: with pages [pages] int64 and mask [num_tokens, length]
 
 
 class TorchNative:
-    """Prefill by scaled_dot_product_attention, decode by a compiled kernel where there is one."""
+    """`AttentionBackend` for a pool on the CPU."""
 
-    def __init__(self, pool: KVPool, num_heads: int) -> None:
+    def __init__(self, pool: KVPool, kernel: DecodeKernel | None) -> None:
         self._pool = pool
-        self._num_heads = num_heads
+        self._kernel = kernel
 
     def plan(self, step: AttentionStep) -> _Plan:
-        page_size = self._pool.page_size
-        slots, positions = step.token_slots.long(), step.positions.long()
-        decodes: list[DecodeRows] = []
+        single: list[_Span] = []
         spans: list[_Span] = []
-        for batch in step.sub_batches:
-            if isinstance(batch, PrefillChunk):
-                spans.append(self._span(step, batch.first, batch.num_tokens, batch.slot, batch.cached))
-            else:
-                for row, (slot, length) in enumerate(zip(batch.slots.tolist(), batch.lengths.tolist(), strict=True)):
-                    spans.append(self._span(step, batch.first + row, 1, slot, length - 1))
-        return _Plan(step, step.page_table[slots, positions // page_size].long(), positions % page_size, decodes, spans)
+        for span in _spans(step):
+            small = span.num_tokens == 1 or span.num_tokens * span.length <= _SMALL_CHUNK
+            (single if small and self._kernel is not None else spans).append(span)
+        slots, positions = step.token_slots.long(), step.positions
+        page_size = self._pool.page_size
+        return _Plan(
+            step.page_table,
+            step.page_table[slots, positions.long() // page_size],
+            positions % page_size,
+            _queries(single) if single else None,
+            [(span, self._pages(step.page_table, span), self._mask(span)) for span in spans],
+        )
 
-    def _span(self, step: AttentionStep, first: int, num_tokens: int, slot: int, cached: int) -> _Span:
-        length = cached + num_tokens
-        mask = None
-        if num_tokens > 1:
-            seen = torch.ones(num_tokens, length, dtype=torch.bool).tril(cached)
-            mask = torch.zeros(num_tokens, length, dtype=self._pool.layer(0)[0].dtype).masked_fill_(~seen, -torch.inf)
-        pages = step.page_table[slot, : -(-length // self._pool.page_size)].long()
-        return _Span(first, num_tokens, length, pages, mask)
+    def _pages(self, page_table: Tensor, span: _Span) -> Tensor:
+        return page_table[span.slot, : -(-span.length // self._pool.page_size)].long()
+
+    def _mask(self, span: _Span) -> Tensor:
+        """Zero where a query sees a token, minus infinity where that comes after it."""
+        later = torch.ones(span.num_tokens, span.length, dtype=torch.bool).triu(span.length - span.num_tokens + 1)
+        return torch.zeros(later.shape, dtype=self._pool.dtype).masked_fill_(later, -torch.inf)
 
     def attend(self, plan: _Plan, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self._pool.layer(layer)
-        keys[plan.write_pages, :, plan.write_offsets] = k
-        values[plan.write_pages, :, plan.write_offsets] = v
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        for span in plan.spans:
+        out = torch.empty(q.shape, dtype=q.dtype)
+        if self._kernel is not None:
+            self._kernel.write(k, v, keys, values, plan.write_pages, plan.write_offsets)
+        else:
+            keys[plan.write_pages.long(), :, plan.write_offsets.long()] = k
+            values[plan.write_pages.long(), :, plan.write_offsets.long()] = v
+        if self._kernel is not None and plan.queries is not None:
+            self._kernel.attend(q, keys, values, plan.page_table, plan.queries, out)
+        for span, pages, mask in plan.spans:
             tokens = slice(span.first, span.first + span.num_tokens)
-            out[tokens] = _attend_span(q[tokens], keys, values, span)
+            out[tokens] = _attend(q[tokens], _gather(keys, pages), _gather(values, pages), mask)
         return out.flatten(1)
 
 
-def _attend_span(q: Tensor, keys: Tensor, values: Tensor, span: _Span) -> Tensor:
-    """[num_tokens, heads, head_dim].
+def _spans(step: AttentionStep) -> list[_Span]:
+    spans = []
+    for batch in step.sub_batches:
+        if isinstance(batch, DecodeRows):
+            rows = zip(batch.slots.tolist(), batch.lengths.tolist(), strict=True)
+            spans += [_Span(batch.first + i, 1, length, slot) for i, (slot, length) in enumerate(rows)]
+        else:
+            spans.append(_Span(batch.first, batch.num_tokens, batch.cached + batch.num_tokens, batch.slot))
+    return spans
+
+
+def _queries(spans: list[_Span]) -> Queries:
+    from radix_backend.attention.decode_kernel import Queries
+
+    tokens = np.concatenate([np.arange(span.first, span.first + span.num_tokens, dtype=np.int32) for span in spans])
+    lengths = np.concatenate([np.arange(span.length - span.num_tokens, span.length, dtype=np.int32) for span in spans])
+    slots = np.repeat(np.array([span.slot for span in spans], np.int32), [span.num_tokens for span in spans])
+    lengths += 1
+    return Queries(torch.from_numpy(tokens), torch.from_numpy(slots), torch.from_numpy(lengths), int(lengths.sum()))
+
+
+def _gather(pool: Tensor, pages: Tensor) -> Tensor:
+    """[1, kv_heads, tokens of these pages, head_dim]."""
+    return pool.transpose(0, 1)[:, pages].flatten(1, 2)[None]
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """[tokens, heads, head_dim], like ``q``.
 
     Query heads that share a KV head become further queries of it: ``enable_gqa`` is 20 to 100 times slower in bf16 on
-    CPU.
+    a CPU.
     """
-    kv_heads, head_dim = keys.shape[1], keys.shape[3]
-
-    def gather(pool: Tensor) -> Tensor:
-        return pool.transpose(0, 1)[:, span.pages].flatten(1, 2)[None, :, : span.length]
-
+    _, kv_heads, _, head_dim = keys.shape
+    tokens, length = mask.shape
     groups = q.shape[1] // kv_heads
-    folded = q.view(-1, kv_heads, groups, head_dim).permute(1, 2, 0, 3).reshape(1, kv_heads, -1, head_dim)
-    mask = None if span.mask is None else span.mask.repeat(groups, 1)
-    out = F.scaled_dot_product_attention(folded, gather(keys), gather(values), attn_mask=mask)
-    return out.view(kv_heads, groups, -1, head_dim).permute(2, 0, 1, 3).reshape(q.shape)
+    folded = q.reshape(tokens, kv_heads, groups, head_dim).permute(1, 2, 0, 3).reshape(1, kv_heads, -1, head_dim)
+    out = F.scaled_dot_product_attention(
+        folded, keys[:, :, :length], values[:, :, :length], attn_mask=mask.repeat(groups, 1)
+    )
+    return out.view(kv_heads, groups, tokens, head_dim).permute(2, 0, 1, 3).reshape(q.shape)

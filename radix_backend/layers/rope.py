@@ -28,10 +28,3 @@ def cos_sin_table(rope: Rope, head_dim: int, context_len: int) -> Tensor:
     """[context_len, head_dim] f32: the cosines of a position, then its sines."""
     angles = torch.arange(context_len, dtype=torch.float32)[:, None] * inverse_frequencies(rope, head_dim)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-
-def apply_rope(heads: Tensor, cos_sin: Tensor) -> None:
-    """Rotate ``heads`` [tokens, heads, head_dim] in place; ``cos_sin`` [tokens, head_dim] f32 are their table rows."""
-    cos, sin = cos_sin[:, None, :].chunk(2, dim=-1)
-    first, second = heads.float().chunk(2, dim=-1)
-    heads.copy_(torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1))

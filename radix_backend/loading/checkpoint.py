@@ -56,11 +56,7 @@ class Checkpoint:
         stored = self._files[name].get_slice(name)
         if tuple(stored.get_shape()) != shape:
             found = tuple(stored.get_shape())
-            raise InvalidArgument(
-                f"tensor {name!r} in {self._dir} has shape {found}; accepted: {shape} (config.json)"
-            )
+            raise InvalidArgument(f"tensor {name!r} in {self._dir} has shape {found}; accepted: {shape} (config.json)")
         if stored.get_dtype() not in _DTYPES:
-            raise Unsupported(
-                f"tensor {name!r} in {self._dir} is {stored.get_dtype()}; accepted: {', '.join(_DTYPES)}"
-            )
+            raise Unsupported(f"tensor {name!r} in {self._dir} is {stored.get_dtype()}; accepted: {', '.join(_DTYPES)}")
         return self._files[name].get_tensor(name)

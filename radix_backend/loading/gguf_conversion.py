@@ -96,9 +96,7 @@ def _config(reader: Any) -> dict[str, Any]:
     head_dim = int(_field(reader, "llama.attention.key_length", hidden // heads))
     for name in ("llama.attention.value_length", "llama.rope.dimension_count"):
         if _field(reader, name, head_dim) != head_dim:
-            raise Unsupported(
-                f"GGUF metadata {name!r} is {_field(reader, name)}; accepted: {head_dim} (the head size)"
-            )
+            raise Unsupported(f"GGUF metadata {name!r} is {_field(reader, name)}; accepted: {head_dim} (the head size)")
     # Stored as f32: 9.999999747378752e-06 was 1e-5.
     epsilon = float(str(np.float32(_required(reader, "llama.attention.layer_norm_rms_epsilon"))))
     return {
@@ -227,8 +225,7 @@ def _write_tokenizer(reader: Any, out: Path) -> None:
     tokenizer.save(str(out / "tokenizer.json"))
 
     ids = {
-        name: _field(reader, f"tokenizer.ggml.{name}_token_id")
-        for name in ("bos", "eos", "eot", "padding", "unknown")
+        name: _field(reader, f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot", "padding", "unknown")
     }
     named = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
     settings: dict[str, Any] = {

@@ -63,9 +63,7 @@ def read_model_config(model_dir: Path | str) -> ModelConfig:
     path = Path(model_dir) / "config.json"
     raw = _read_json(path)
     if raw is None:
-        raise NotFound(
-            f"{path} does not exist; a model directory holds config.json, tokenizer.json and *.safetensors"
-        )
+        raise NotFound(f"{path} does not exist; a model directory holds config.json, tokenizer.json and *.safetensors")
     try:
         return _parse(raw, _read_json(path.with_name("generation_config.json")) or {})
     except KeyError as error:
@@ -80,9 +78,7 @@ def effective_context_len(config: EngineConfig, model: ModelConfig) -> int:
     """Most tokens of prompt plus output. Raises InvalidArgument or Unsupported."""
     context_len = config.context_len or model.max_context
     if context_len > model.max_context:
-        raise InvalidArgument(
-            f"setting 'context_len' is {context_len}; accepted: 2 to {model.max_context} (the model)"
-        )
+        raise InvalidArgument(f"setting 'context_len' is {context_len}; accepted: 2 to {model.max_context} (the model)")
     if model.sliding_window is not None and model.sliding_window < context_len:
         raise Unsupported(
             f"the model attends to a sliding window of {model.sliding_window} tokens, which this version cannot do; "

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from radix_backend.layers.linear import Linear
-from radix_backend.layers.rope import apply_rope, cos_sin_table
+from radix_backend.layers.ops import Ops
+from radix_backend.layers.rope import cos_sin_table
 from radix_backend.loading.checkpoint import Checkpoint
 from radix_backend.loading.model_config import ModelConfig
 
@@ -21,8 +22,7 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q, k, v) →
 class _Layer:
     input_norm: Tensor
     qkv: Linear
-    q_norm: Tensor | None
-    k_norm: Tensor | None
+    qk_norm: tuple[Tensor, Tensor] | None
     output: Linear
     mlp_norm: Tensor
     gate_up: Linear
@@ -38,10 +38,12 @@ class Decoder:
         checkpoint: Checkpoint,
         dtype: torch.dtype,
         context_len: int,
+        ops: Ops,
         progress: Callable[[float], None] = lambda fraction: None,
     ) -> None:
         """Raises InvalidArgument or Unsupported when the checkpoint does not fit ``config``."""
         self.config = config
+        self._ops = ops
         weights = _Weights(config, checkpoint, dtype)
         self._embedding = weights.get("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
         self._layers = []
@@ -59,36 +61,29 @@ class Decoder:
     def forward(self, token_ids: Tensor, positions: Tensor, sampled: Tensor, attend: Attend) -> Tensor:
         """Logits [rows, vocabulary] of the tokens whose indices are ``sampled`` [rows].
 
-        ``token_ids`` and ``positions`` are [tokens]; ``attend`` writes a layer's KV and attends.
+        ``token_ids`` and ``positions`` are [tokens] int32; ``attend`` writes a layer's KV and attends.
         """
-        config = self.config
-        eps = config.rms_norm_eps
-        cos_sin = self._cos_sin[positions]
-        # The residual stream is f32: in bf16 the rounding of each sum would cost more than all products' together.
-        x = F.embedding(token_ids, self._embedding).float()
+        ops, eps = self._ops, self.config.rms_norm_eps
+        # The residual stream is f32: rounding it in bf16 would cost more accuracy than all products together.
+        residual, delta = F.embedding(token_ids, self._embedding).float(), None
         for index, layer in enumerate(self._layers):
-            q, k, v = self._qkv(layer, _rms_norm(x, layer.input_norm, eps), cos_sin)
-            x = x + layer.output(attend(index, q, k, v))
-            gate, up = layer.gate_up(_rms_norm(x, layer.mlp_norm, eps)).chunk(2, dim=-1)
-            x = x + layer.down(F.silu(gate) * up)
+            x = ops.add_rms_norm(residual, delta, layer.input_norm, eps)
+            delta = layer.output(attend(index, *self._qkv(layer, x, positions)))
+            x = ops.add_rms_norm(residual, delta, layer.mlp_norm, eps)
+            delta = layer.down(ops.silu_mul(layer.gate_up(x)))
         if not len(sampled):
-            return x.new_empty(0, config.vocab_size)
-        return self._head(_rms_norm(x[sampled], self._norm, eps))
+            return residual.new_empty(0, self.config.vocab_size)
+        assert delta is not None
+        return self._head(ops.add_rms_norm(residual[sampled], delta[sampled], self._norm, eps))
 
-    def _qkv(self, layer: _Layer, x: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values [tokens, heads, head_dim], normed and rotated."""
-        config = self.config
-        heads = layer.qkv(x).view(len(x), -1, config.head_dim)
-        q, k, v = heads.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q.copy_(_rms_norm(q, layer.q_norm, config.rms_norm_eps))
-            k.copy_(_rms_norm(k, layer.k_norm, config.rms_norm_eps))
-        apply_rope(heads[:, : config.num_heads + config.num_kv_heads], cos_sin)
-        return q, k, v
-
-
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return F.rms_norm(x.float(), weight.shape, None, eps).to(weight.dtype) * weight
+    def _qkv(self, layer: _Layer, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [tokens, heads, head_dim], views of one buffer, normed and rotated."""
+        q, kv = self.config.num_heads, self.config.num_kv_heads
+        heads = layer.qkv(x).view(len(x), -1, self.config.head_dim)
+        self._ops.norm_and_rotate(
+            heads[:, : q + kv], layer.qk_norm, q, self.config.rms_norm_eps, positions, self._cos_sin
+        )
+        return heads[:, :q], heads[:, q : q + kv], heads[:, q + kv :]
 
 
 def _cat(parts: list[Tensor]) -> Tensor:
@@ -118,10 +113,15 @@ class _Weights:
         return _Layer(
             input_norm=self.get(f"{prefix}.input_layernorm.weight", hidden),
             qkv=self._linear(attention, {"q_proj": q, "k_proj": kv, "v_proj": kv}, hidden, config.qkv_bias),
-            q_norm=self.get(f"{attention}.q_norm.weight", config.head_dim) if config.qk_norm else None,
-            k_norm=self.get(f"{attention}.k_norm.weight", config.head_dim) if config.qk_norm else None,
+            qk_norm=self._qk_norm(attention),
             output=self._linear(attention, {"o_proj": hidden}, q, config.output_bias),
             mlp_norm=self.get(f"{prefix}.post_attention_layernorm.weight", hidden),
             gate_up=self._linear(mlp, {"gate_proj": inner, "up_proj": inner}, hidden, config.mlp_bias),
             down=self._linear(mlp, {"down_proj": hidden}, inner, config.mlp_bias),
         )
+
+    def _qk_norm(self, prefix: str) -> tuple[Tensor, Tensor] | None:
+        if not self._config.qk_norm:
+            return None
+        size = self._config.head_dim
+        return self.get(f"{prefix}.q_norm.weight", size), self.get(f"{prefix}.k_norm.weight", size)

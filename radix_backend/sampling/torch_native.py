@@ -29,7 +29,7 @@ def _threshold(scaled: Tensor, top_k: int, top_p: float, min_p: float) -> float:
     """The least of ``scaled`` [vocabulary] that survives."""
     threshold = -math.inf
     if min_p > 0:
-        threshold = float(scaled.max() + torch.tensor(min_p).log())
+        threshold = float(scaled.max() + np.log(np.float32(min_p)))
     if 0 < top_k < len(scaled):
         threshold = max(threshold, float(scaled.topk(top_k).values[-1]))
     if top_p < 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,11 +12,17 @@ from radix_backend.worker.interface import Worker
 if TYPE_CHECKING:
     from radix_backend.process import Reporter
 
+# How long idle OpenMP threads spin before they sleep. With libgomp's default of 300,000 a decode step takes 20 times as
+# long as soon as another process wants one of the cores: the spinners use up the time slices of those that work.
+_SPIN_COUNT = "3000"
+
 __all__ = ["create_worker"]
 
 
 def create_worker(config: EngineConfig, model_dir: Path, reporter: Reporter) -> Worker:
     """Load the model in ``model_dir``. Raises RadixError for what the user can mend."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)  # libgomp reads it when torch is imported
     from radix_backend.worker.runner import Runner
 
     return Runner(config, model_dir, reporter)

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import queue
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from radix_backend.attention.kv_pool import KVPool
-from radix_backend.attention.torch_native import TorchNative
+from radix_backend.attention.torch_native import TorchNative, compile_decode
 from radix_backend.config import EngineConfig
-from radix_backend.loading import effective_context_len, read_model_config
+from radix_backend.layers.ops import cpu_ops
+from radix_backend.loading import ModelConfig, effective_context_len, read_model_config
 from radix_backend.loading.checkpoint import Checkpoint
 from radix_backend.models.decoder import Decoder
 from radix_backend.process import Reporter
-from radix_backend.sampling.torch_native import sample
+from radix_backend.sampling import cpu_sampler
 from radix_backend.worker.batch_state import BatchState, StepInput
 from radix_backend.worker.interface import Ints, NewRequest, StepPlan, StepResult
 from radix_backend.worker.memory import plan_pages
@@ -32,34 +35,26 @@ _SWITCH_INTERVAL = 50e-6  # seconds
 
 
 class Runner:
-    """`Worker` with the model in this process. Steps run in one thread, in the order they were launched."""
+    """`Worker` with the model in this process. Steps run in one thread, in the order they were launched.
+
+    That thread also loads the model: every thread that enters a parallel region gets an OpenMP team of its own, and
+    with more threads than cores libgomp stops spinning between regions, which doubles the time of a decode step.
+    """
 
     def __init__(self, config: EngineConfig, model_dir: Path, reporter: Reporter) -> None:
         """Loads the model and computes one small step. Raises what the checkpoint, settings or memory do not allow."""
-        torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0))))
         sys.setswitchinterval(_SWITCH_INTERVAL)
         model = read_model_config(model_dir)
         context_len = effective_context_len(config, model)
         dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
         self.num_pages = plan_pages(config, model, dtype, context_len)
         self._reporter = reporter
-        with torch.inference_mode():
-            self._model = Decoder(
-                model,
-                Checkpoint(model_dir),
-                dtype,
-                context_len,
-                lambda fraction: reporter.phase("loading weights", fraction),
-            )
-            pool = KVPool(model, self.num_pages, config.page_size, dtype)
-            self._attention = TorchNative(pool, model.num_heads)
-            self._state = BatchState(config.max_bs, context_len, config.page_size)
         self._plans: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[StepResult | BaseException] = queue.SimpleQueue()
         self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._serve, name="worker", daemon=True)
+        load = functools.partial(self._load, config, model, model_dir, dtype, context_len)
+        self._thread = threading.Thread(target=self._serve, args=(load,), name="worker", daemon=True)
         self._thread.start()
-        reporter.phase("warming up")
         self._warm_up(config.page_size)
 
     def launch(self, plan: StepPlan) -> None:
@@ -83,15 +78,30 @@ class Runner:
         if self._failure is not None:
             raise self._failure
 
-    def _serve(self) -> None:
-        with torch.inference_mode():
-            while (plan := self._plans.get()) is not None:
-                try:
+    def _serve(self, load: Callable[[], None]) -> None:
+        try:
+            with torch.inference_mode():
+                load()
+                while (plan := self._plans.get()) is not None:
                     self._results.put(self._execute(plan))
-                except BaseException as error:
-                    # What the batch state holds now is anybody's guess: nothing more is executed.
-                    self._results.put(error)
-                    return
+        except BaseException as error:
+            # What the batch state holds now is anybody's guess: nothing more is executed.
+            self._results.put(error)
+
+    def _load(
+        self, config: EngineConfig, model: ModelConfig, model_dir: Path, dtype: torch.dtype, context_len: int
+    ) -> None:
+        torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0))))
+
+        def progress(fraction: float) -> None:
+            self._reporter.phase("loading weights", fraction)
+
+        self._model = Decoder(model, Checkpoint(model_dir), dtype, context_len, cpu_ops(dtype), progress)
+        self._reporter.phase("compiling")  # a moment where the cache of kernels is warm
+        self._state = BatchState(config.max_bs, context_len, config.page_size)
+        pool = KVPool(model, self.num_pages, config.page_size, dtype)
+        self._attention = TorchNative(pool, compile_decode(pool, model.num_heads))
+        self._sampler = cpu_sampler(dtype)
 
     def _execute(self, plan: StepPlan) -> StepResult:
         step = self._state.apply(plan)
@@ -108,13 +118,13 @@ class Runner:
         if not len(step.sampled):
             return np.empty(0, np.int32)
         self._state.mask_stops(step, logits)
-        tokens = sample(logits, self._state.sampling_rows(step))
+        tokens = self._sampler(logits, self._state.sampling_rows(step))
         self._state.append(step, tokens)
         sampled: Ints = tokens.numpy().astype(np.int32)
         return sampled
 
     def _warm_up(self, page_size: int) -> None:
-        """Compile and allocate what the first steps would otherwise wait for. The pages written to are still free."""
+        """Allocate what the first steps would otherwise wait for. The page written to is still free."""
         first = NewRequest(0, np.zeros(1, np.int32), 1, 0, 1.0, 2, 0.5, 0.1, seed=0, min_tokens=0, stop_token_ids=())
         slot, one, every = np.zeros(1, np.int32), np.ones(1, np.int32), np.ones(1, np.bool_)
         index = np.arange(-(-2 // page_size), dtype=np.int32)

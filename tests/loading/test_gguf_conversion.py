@@ -13,6 +13,7 @@ from radix_backend.loading.gguf_conversion import convert_gguf
 from radix_backend.loading.safetensors_writer import to_bfloat16
 from tests.loading import tiny_gguf
 from tests.loading.tiny_gguf import write_tiny_gguf
+from tests.models.embedded import embedded_dir
 
 
 @pytest.fixture
@@ -104,3 +105,34 @@ def test_rounding_to_bf16_equals_torch():
     expected = torch.from_numpy(values).bfloat16().view(torch.uint16).numpy()
     assert (to_bfloat16(values) == expected).all()
     assert np.isnan(torch.from_numpy(to_bfloat16(np.float32([np.nan]))).view(torch.bfloat16).float().numpy()).all()
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("2024", ["2", "0", "2", "4"]),
+        ("x = 31", ["x", "Ġ=", "Ġ", "3", "1"]),
+        ("<|im_start|>user\nHi<|im_end|>", ["<|im_start|>", "user", "Ċ", "Hi", "<|im_end|>"]),
+        ("Hello world", ["Hello", "Ġworld"]),
+    ],
+)
+def test_the_embedded_tokenizer_is_right(text, tokens):
+    tokenizer = Tokenizer.from_file(str(embedded_dir() / "tokenizer.json"))
+    assert tokenizer.encode(text).tokens == tokens
+    assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
+
+
+@pytest.mark.model
+def test_the_embedded_model_is_described_right():
+    model = read_model_config(embedded_dir())
+    assert (model.num_layers, model.hidden_size, model.num_heads, model.num_kv_heads, model.head_dim) == (
+        30,
+        576,
+        9,
+        3,
+        64,
+    )
+    assert (model.vocab_size, model.max_context, model.rms_norm_eps, model.rope.theta) == (49152, 8192, 1e-5, 1e5)
+    assert model.tie_word_embeddings
+    assert model.eos_token_ids == (2,)

@@ -64,7 +64,7 @@ def save_tiny(directory: Path, kind: str = "llama", seed: int = 0, **overrides: 
             if name.endswith("norm.weight"):
                 parameter.copy_(1 + 0.1 * noise)  # otherwise all ones: a forgotten norm weight would not show
             else:
-                parameter.copy_(BASE["initializer_range"] * noise)
+                parameter.copy_(config.initializer_range * noise)
     model.save_pretrained(directory)
     save_tokenizer(directory, vocab=config.vocab_size)
     return directory

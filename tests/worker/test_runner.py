@@ -1,13 +1,16 @@
 import contextlib
+import sys
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from radix_backend.config import EngineConfig
 from radix_backend.errors import InvalidArgument
 from radix_backend.process import Reporter
 from radix_backend.worker import create_worker
 from radix_backend.worker.interface import StepPlan
+from tests.models.embedded import embedded_dir
 from tests.models.tiny import KINDS, VOCAB, greedy, load_reference, save_tiny
 from tests.worker.driver import Driver
 
@@ -223,3 +226,33 @@ def test_memory_settings_size_the_pool(model):
         pass
     with driver(directory, kv_cache_memory=None) as d:  # plenty of memory: what 8 requests of 200 tokens can use
         assert d.worker.num_pages == 8 * 13
+
+
+def test_without_numba_the_same_tokens_come_from_plain_torch(model, monkeypatch, caplog):
+    directory, reference = model
+    for module in ("attention.decode_kernel", "layers.compiled_ops", "sampling.compiled"):
+        monkeypatch.setitem(sys.modules, f"radix_backend.{module}", None)  # importing it raises ImportError
+    with driver(directory) as d:
+        rows = [d.new(slot, prompt(30 + slot), **sampling) for slot, sampling in enumerate(SAMPLINGS)]
+        d.step(*[(row, len(row.tokens)) for row in rows])
+        d.decode(*rows, count=5)
+    plain = [row.outputs for row in rows]
+    assert plain[0] == greedy(reference, prompt(30), 6)
+    assert len([record for record in caplog.records if "plain torch instead" in record.message]) == 3
+    monkeypatch.undo()
+    with driver(directory) as d:
+        rows = [d.new(slot, prompt(30 + slot), **sampling) for slot, sampling in enumerate(SAMPLINGS)]
+        d.step(*[(row, len(row.tokens)) for row in rows])
+        d.decode(*rows, count=5)
+    assert [row.outputs for row in rows] == plain
+
+
+@pytest.mark.model
+def test_the_embedded_model_knows_the_capital_of_france():
+    tokenizer = Tokenizer.from_file(str(embedded_dir() / "tokenizer.json"))
+    chat = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+    with driver(embedded_dir(), dtype="bfloat16", kv_cache_memory=2**25) as d:
+        row = d.new(0, tokenizer.encode(chat).ids)
+        d.step((row, len(row.tokens)))
+        d.decode(row, count=8)
+    assert "Paris" in tokenizer.decode(row.outputs)
