@@ -17,6 +17,8 @@ from radix_backend.client import EngineClient
 from radix_backend.errors import InvalidArgument, Unavailable
 
 QUESTION = "What is the capital of France?"
+# Without it the embedded model's first token is a tie in bf16: "The", or "L" and French gibberish.
+_INSTRUCTION = "Answer in one sentence."
 _MAX_TOKENS = 64
 _PATIENCE = 10.0  # seconds for the stub to learn, after us, that the engine is ready
 
@@ -24,7 +26,9 @@ _PATIENCE = 10.0  # seconds for the stub to learn, after us, that the engine is 
 def answer(address: str, client: EngineClient) -> Iterator[str]:
     """The answer to QUESTION, token by token. Raises Unavailable with Triton's error."""
     try:
-        prompt = client.render_chat([{"role": "user", "content": QUESTION}])
+        prompt = client.render_chat(
+            [{"role": "system", "content": _INSTRUCTION}, {"role": "user", "content": QUESTION}]
+        )
     except InvalidArgument:  # not a chat model
         prompt = QUESTION
     input_ids = client.tokenize(prompt, add_special_tokens=prompt == QUESTION)
