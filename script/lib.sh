@@ -96,7 +96,7 @@ except (ValueError, LookupError):
         esac
         index=$TORCH_CPU_INDEX
     fi
-    quietly "Installing torch, the CPU build from $index (about 200 MB)" \
+    quietly "Installing torch, the CPU build from $index (about 200 MB; RADIX_TORCH_INDEX names another index)" \
         pip install --no-deps --index-url "$index" "$TORCH"
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -19,9 +20,10 @@ from radix_backend.cli.tritonserver import Server
 from radix_backend.errors import InvalidArgument, RadixError, Unavailable
 
 EXIT_SECONDS = 3  # for requests in flight when the server is told to stop
-_KILL_SECONDS = 10.0  # after which a server that does not stop is killed
+_KILL_SECONDS = 8.0  # after which a server that does not stop is killed: it may wait for its clients for ever
 _START_SECONDS = 120.0
 _PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None)  # loaded here: between fork and exec as little as possible is done
 
 
 @dataclass(frozen=True)
@@ -111,13 +113,16 @@ class ServerProcess:
             time.sleep(0.2)
 
     def stop(self) -> None:
-        """Ask it to stop; kill it if it does not within ten seconds."""
+        """Ask it to stop; kill it if it does not within eight seconds."""
+        memory = _shared_memory(self._process.pid)
         self._process.terminate()
         try:
             self._process.wait(_KILL_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+            for path in memory:
+                path.unlink(missing_ok=True)
 
     def _client(self) -> tritonclient.grpc.InferenceServerClient:
         return tritonclient.grpc.InferenceServerClient(self._ports.address(self._ports.grpc))
@@ -149,5 +154,14 @@ def _check_port(host: str, flag: str, port: int) -> None:
             raise InvalidArgument(message) from None
 
 
+def _shared_memory(pid: int) -> set[Path]:
+    """The files of shared memory that a server has with its stubs; one that is killed leaves them behind."""
+    try:
+        maps = Path(f"/proc/{pid}/maps").read_text()
+    except FileNotFoundError:
+        return set()
+    return {Path(path) for path in re.findall(r"/dev/shm/triton_python_backend_shm_region_\S+", maps)}
+
+
 def _end_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)

@@ -16,7 +16,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.triton.server import REPOSITORY, eventually, free_ports, gone
+from radix_backend.cli.tritonserver import STUB
+from tests.triton.requests import Stream
+from tests.triton.server import REPOSITORY, eventually, free_ports, gone, shared_memory_of
 
 EXAMPLE = REPOSITORY.parent / "client_examples" / "grpc_stream.py"
 FAST = ("--kv-cache-memory=64MiB", "--max-bs=4")
@@ -99,6 +101,24 @@ def test_serves_until_a_signal_and_leaves_nothing(serve: Callable[..., Command],
     command.process.send_signal(number)
     assert command.process.wait(30) == 0
     eventually(lambda: gone(everything), 10)
+
+
+@pytest.mark.server
+@pytest.mark.model
+def test_signal_ends_streams_that_would_go_on_and_leaves_nothing(serve: Callable[..., Command]) -> None:
+    command = serve("--no-example")
+    command.wait_serving()
+    everything = command.everything()
+    (stub,) = (process for process in everything if STUB in process.cmdline()[0])
+    memory = shared_memory_of(stub)
+    with Stream(command.grpc) as stream:
+        stream.submit(text_input="a", sampling_parameters={"max_tokens": 900, "ignore_eos": True})
+        assert not stream.receive().final
+        command.process.terminate()
+        assert command.process.wait(30) == 0
+    eventually(lambda: gone(everything), 10)
+    assert memory
+    assert not [path for path in memory if path.exists()]
 
 
 @pytest.mark.server
