@@ -28,10 +28,12 @@ class Linear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.packed = weight.device.type == "cpu" and packs_weights(weight.dtype)
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR) if self.packed else weight
-        self.bias = bias
+        self.weight, self.bias = weight, bias
+        if self.packed:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR)
+            self._product = torch.ops.mkldnn._linear_pointwise.default
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.packed:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+            return self._product(x, self.weight, self.bias, "none", [], "")
         return F.linear(x, self.weight, self.bias)

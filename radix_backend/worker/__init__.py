@@ -12,9 +12,10 @@ from radix_backend.worker.interface import Worker
 if TYPE_CHECKING:
     from radix_backend.process import Reporter
 
-# How long idle OpenMP threads spin before they sleep. With libgomp's default of 300,000 a decode step takes 20 times as
-# long as soon as another process wants one of the cores: the spinners use up the time slices of those that work.
-_SPIN_COUNT = "3000"
+# How long idle OpenMP threads spin before they sleep. With libgomp's default of 300,000 a decode step takes ten to thirty
+# times as long beside one busy process on two cores: spinners use up the time slices of those that work. With 10,000 it
+# takes four times as long, with 1,000 twice, but then a step on a quiet machine waits for sleepers: half as long again.
+_SPIN_COUNT = "10000"
 
 __all__ = ["create_worker"]
 

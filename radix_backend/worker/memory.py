@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
-
 import torch
 
 from radix_backend.attention.kv_pool import page_bytes
 from radix_backend.config import EngineConfig
 from radix_backend.errors import InvalidArgument, Unavailable
 from radix_backend.loading import ModelConfig
+from radix_backend.worker.host import available_memory
 
 log = logging.getLogger(__name__)
 
 CPU_LIMIT = 2 * 2**30  # bytes a KV cache takes unasked: a CPU's memory is not the engine's alone
-_CGROUPS = (  # limit, usage: version 2, version 1
-    ("memory.max", "memory.current"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-)
 
 
 def plan_pages(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, context_len: int) -> int:
@@ -62,17 +57,3 @@ def _default_pages(
             f"for pages of {size / 2**20:.1f} MiB"
         )
     return budget // size, limits[budget]
-
-
-def available_memory() -> int:
-    """Bytes that this process may still take, by the kernel's estimate and its control group's limit."""
-    fields = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
-    available = next(int(field[1]) * 1024 for field in fields if field[0] == "MemAvailable:")
-    for limit, usage in _CGROUPS:
-        try:
-            allowed, used = (Path("/sys/fs/cgroup", name).read_text().strip() for name in (limit, usage))
-        except OSError:
-            continue
-        if allowed != "max":
-            available = min(available, max(int(allowed) - int(used), 0))
-    return available

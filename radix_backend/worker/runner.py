@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import queue
 import sys
 import threading
@@ -24,6 +23,7 @@ from radix_backend.models.decoder import Decoder
 from radix_backend.process import Reporter
 from radix_backend.sampling import cpu_sampler
 from radix_backend.worker.batch_state import BatchState, StepInput
+from radix_backend.worker.host import available_cpus
 from radix_backend.worker.interface import Ints, NewRequest, StepPlan, StepResult
 from radix_backend.worker.memory import plan_pages
 
@@ -91,7 +91,7 @@ class Runner:
     def _load(
         self, config: EngineConfig, model: ModelConfig, model_dir: Path, dtype: torch.dtype, context_len: int
     ) -> None:
-        torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0))))
+        torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
 
         def progress(fraction: float) -> None:
             self._reporter.phase("loading weights", fraction)
@@ -102,6 +102,7 @@ class Runner:
         pool = KVPool(model, self.num_pages, config.page_size, dtype)
         self._attention = TorchNative(pool, compile_decode(pool, model.num_heads))
         self._sampler = cpu_sampler(dtype)
+        self._reporter.phase("warming up")
 
     def _execute(self, plan: StepPlan) -> StepResult:
         step = self._state.apply(plan)

@@ -211,6 +211,14 @@ def test_a_failed_step_is_reported_by_settle_and_by_every_later_call(model):
             d.worker.launch(StepPlan(5))
 
 
+def test_a_checkpoint_that_does_not_fit_fails_the_construction(tmp_path):
+    directory = save_tiny(tmp_path)
+    config = directory / "config.json"
+    config.write_text(config.read_text().replace('"intermediate_size": 96', '"intermediate_size": 95'))
+    with pytest.raises(InvalidArgument, match="gate_proj"), driver(directory):
+        pass
+
+
 def test_memory_settings_size_the_pool(model):
     directory, _ = model
     page = 2 * 2 * 16 * 4  # K and V, layers, tokens, bytes: times the width of the KV heads below
