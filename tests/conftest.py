@@ -10,6 +10,9 @@ import pytest
 
 from tests.models.embedded import embedded_dir
 
+# Read when torch is imported: see radix_backend.worker. Tests share the cores with servers of their own.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def runtime_dir() -> Iterator[Path]:

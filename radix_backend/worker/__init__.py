@@ -12,9 +12,10 @@ from radix_backend.worker.interface import Worker
 if TYPE_CHECKING:
     from radix_backend.process import Reporter
 
-# How long idle OpenMP threads spin before they sleep. With libgomp's default of 300,000 a decode step takes ten to thirty
-# times as long beside one busy process on two cores: spinners use up the time slices of those that work. With 10,000 it
-# takes four times as long, with 1,000 twice, but then a step on a quiet machine waits for sleepers: half as long again.
+# How often an idle OpenMP thread looks for work before it sleeps. With libgomp's default of 300,000 a decode step takes
+# ten to thirty times as long beside one busy process on two cores: spinners use up the time slices of those that work.
+# With 10,000 it takes four times as long; with 1,000 twice, but then a step on a quiet machine waits for sleepers and
+# takes half as long again.
 _SPIN_COUNT = "10000"
 
 __all__ = ["create_worker"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+
 import torch
 
 from radix_backend.attention.kv_pool import page_bytes
