@@ -78,6 +78,7 @@ class EngineCore:
             plan = self.scheduler.schedule()
             if plan is not None:
                 self._worker.launch(plan)
+                self.stats.count_launch(int(plan.num_tokens.sum()))
                 self._num_launched += 1
             self._flush()
         if self._num_launched == self._depth or (plan is None and self._num_launched):

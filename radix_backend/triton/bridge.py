@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from radix_backend.client import EngineClient
 from radix_backend.errors import RadixError, Unavailable
+from radix_backend.triton.recorder import Recorder
 from radix_backend.triton.request import parse
 from radix_backend.triton.slot import Slot, Wire
 
@@ -24,8 +25,9 @@ _log = logging.getLogger(__name__)
 class Bridge:
     """Serves requests for one model instance."""
 
-    def __init__(self, client: EngineClient, namespace: str) -> None:
+    def __init__(self, client: EngineClient, namespace: str, recorder: Recorder) -> None:
         self._client = client
+        self._recorder = recorder
         self._namespace = namespace
         self._live: set[Slot] = set()
         self._outbox: SimpleQueue[Slot | None] = SimpleQueue()
@@ -39,12 +41,16 @@ class Bridge:
 
     def execute(self, wire: Wire, read: Callable[[], tuple[Mapping[str, npt.NDArray[Any]], str]]) -> None:
         """Start a request, whose tensors and parameters ``read`` returns. Never waits, never raises, sends nothing."""
-        slot = Slot(wire, self._outbox, self._namespace)
+        slot = Slot(wire, self._outbox, self._namespace, self._recorder)
         self._live.add(slot)
         try:
             request = slot.request = parse(*read())
             slot.engine_id = self._client.submit(
-                request.params, text=request.text, input_ids=request.input_ids, priority=request.priority, sink=slot
+                request.params,
+                text=request.text,
+                input_ids=request.input_ids,
+                priority=request.priority,
+                sink=self._recorder.watch(slot),
             )
         except RadixError as error:
             slot.on_error(error)

@@ -17,6 +17,8 @@ from radix_backend.client import EngineClient
 from radix_backend.errors import RadixError
 from radix_backend.protocol import Status
 from radix_backend.triton.bridge import Bridge
+from radix_backend.triton.publisher import Identity, Publisher
+from radix_backend.triton.recorder import Recorder
 from radix_backend.triton.settings import load_config
 from radix_backend.triton.tensors import declare
 
@@ -39,11 +41,15 @@ class TritonPythonModel:
         _log_to_triton()
         version_dir = Path(args["model_repository"]) / args["model_version"]
         try:
-            config = load_config(version_dir, json.loads(args["model_config"]))
+            model_config = json.loads(args["model_config"])
+            config = load_config(version_dir, model_config)
             self._client = EngineClient(config, on_log=_show_line, on_status=_show_status, parent=os.getppid())
         except RadixError as error:
             raise pb_utils.TritonModelException(str(error)) from None
-        self._bridge = Bridge(self._client, config.namespace)
+        recorder = Recorder()
+        self._bridge = Bridge(self._client, config.namespace, recorder)
+        identity = Identity(args, model_config.get("instance_group") or [])
+        self._publisher = Publisher(self._client, recorder, identity, pb_utils.MetricFamily)
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
@@ -56,6 +62,7 @@ class TritonPythonModel:
     def finalize(self) -> None:
         """Called when the model is unloaded or the server stops, unless it is killed."""
         self._bridge.close()
+        self._publisher.close()
         self._client.close()
 
 
