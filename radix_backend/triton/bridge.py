@@ -25,8 +25,16 @@ _log = logging.getLogger(__name__)
 class Bridge:
     """Serves requests for one model instance."""
 
-    def __init__(self, client: EngineClient, namespace: str, recorder: Recorder) -> None:
+    def __init__(
+        self,
+        client: EngineClient,
+        namespace: str,
+        recorder: Recorder,
+        ending: Callable[[bool], str] = lambda busy: "",
+    ) -> None:
+        """``ending(busy)`` says why running requests must end now, or ""; the watcher's thread asks every so often."""
         self._client = client
+        self._ending = ending
         self._recorder = recorder
         self._namespace = namespace
         self._live: set[Slot] = set()
@@ -75,6 +83,7 @@ class Bridge:
                 self._give_up(slot, error)
             if slot.ended:
                 self._live.discard(slot)
+            del slot  # its sender keeps the model loaded: it must not wait here for the next one
 
     def _give_up(self, slot: Slot, cause: Exception) -> None:
         _log.error("a response could not be sent: %s", cause)
@@ -88,8 +97,18 @@ class Bridge:
     def _watch_loop(self) -> None:
         while not self._closing.wait(POLL_SECONDS):
             try:
-                cancelled = [slot.engine_id for slot in list(self._live) if slot.is_cancelled()]
+                if reason := self._ending(bool(self._live)):
+                    self._end_all(Unavailable(reason))
                 # Their slots end with the client's `Cancelled`.
-                self._client.abort([engine_id for engine_id in cancelled if engine_id is not None])
+                self._abort([slot for slot in list(self._live) if slot.is_cancelled()])
             except Exception:
                 _log.exception("looking for cancelled requests failed")
+
+    def _end_all(self, error: RadixError) -> None:
+        slots = list(self._live)
+        for slot in slots:
+            slot.on_error(error)
+        self._abort(slots)  # what they hear of it comes after their end
+
+    def _abort(self, slots: list[Slot]) -> None:
+        self._client.abort([slot.engine_id for slot in slots if slot.engine_id is not None])

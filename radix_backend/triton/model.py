@@ -17,6 +17,7 @@ from radix_backend.client import EngineClient
 from radix_backend.errors import RadixError
 from radix_backend.protocol import Status
 from radix_backend.triton.bridge import Bridge
+from radix_backend.triton.lifecycle import Lifecycle
 from radix_backend.triton.publisher import Identity, Publisher
 from radix_backend.triton.recorder import Recorder
 from radix_backend.triton.settings import load_config
@@ -47,7 +48,9 @@ class TritonPythonModel:
         except RadixError as error:
             raise pb_utils.TritonModelException(str(error)) from None
         recorder = Recorder()
-        self._bridge = Bridge(self._client, config.namespace, recorder)
+        is_model_ready = partial(pb_utils.is_model_ready, args["model_name"], args["model_version"])
+        lifecycle = Lifecycle(os.getppid(), is_model_ready)
+        self._bridge = Bridge(self._client, config.namespace, recorder, lifecycle.ending)
         identity = Identity(args, model_config.get("instance_group") or [])
         self._publisher = Publisher(self._client, recorder, identity, pb_utils.MetricFamily)
 
