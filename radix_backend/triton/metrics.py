@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from radix_backend.errors import CODES, Cancelled
+
 Figures = Mapping[str, float]  # what `EngineClient.stats` answers
 
 COUNTER, GAUGE, HISTOGRAM = "counter", "gauge", "histogram"
@@ -146,10 +148,17 @@ GENERATION_TOKENS = Family("radix:generation_tokens_total", COUNTER, "Generated 
 REQUEST_SUCCESS = Family(
     "radix:request_success_total",
     COUNTER,
-    "Requests that ended: at a stop, at their length, or cancelled by the client (abort). Errors are not counted here; "
-    "Triton's nv_inference_request_failure counts them.",
+    "Requests that ended: at a stop, at their length, or cancelled by the client (abort).",
     label="finished_reason",
     values=("stop", "length", "abort"),
+)
+REQUEST_FAILURE = Family(
+    "radix:request_failure_total",
+    COUNTER,
+    "Requests that ended with an error, by its code. Triton's own counters take them for successes, since they end "
+    "with a response.",
+    label="code",
+    values=tuple(code for code in CODES if code != Cancelled.code),
 )
 TIME_TO_FIRST_TOKEN = Family(
     "radix:time_to_first_token_seconds",
@@ -186,11 +195,11 @@ TOKENS_PER_RESPONSE = Family(
     buckets=_TOKENS[:11],
 )
 
-# What each model instance sees of its own requests. Cancelled requests count in the first two and in the latencies
-# of the tokens they got; the other histograms are of requests that ended at a stop or at their length.
+# What each model instance sees of its own requests.
 REQUEST = (
     GENERATION_TOKENS,
     REQUEST_SUCCESS,
+    REQUEST_FAILURE,
     TIME_TO_FIRST_TOKEN,
     INTER_TOKEN_LATENCY,
     E2E_LATENCY,

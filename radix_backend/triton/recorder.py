@@ -20,6 +20,7 @@ from radix_backend.triton.metrics import (
     GENERATION_TOKENS,
     INTER_TOKEN_LATENCY,
     QUEUE_TIME,
+    REQUEST_FAILURE,
     REQUEST_GENERATION_TOKENS,
     REQUEST_PROMPT_TOKENS,
     REQUEST_SUCCESS,
@@ -49,6 +50,13 @@ class Recorder:
         """A response of a stream was sent."""
         if num_tokens:
             self.record((TOKENS_PER_RESPONSE, "", num_tokens))
+
+    def failed(self, error: RadixError) -> None:
+        """A request ends with this error."""
+        if isinstance(error, Cancelled):
+            self.record((REQUEST_SUCCESS, "abort", 1))
+        else:
+            self.record((REQUEST_FAILURE, error.code, 1))
 
     def take(self) -> Iterator[Observation]:
         """Everything observed since the last time, in order."""
@@ -83,5 +91,3 @@ class _Watch:
 
     def on_error(self, error: RadixError) -> None:
         self._sink.on_error(error)
-        if isinstance(error, Cancelled):
-            self._record((REQUEST_SUCCESS, "abort", 1))

@@ -88,6 +88,7 @@ class Slot:
         with self._closing:
             if not self.ended:
                 self.ended = True
+                self._recorder.failed(error)
                 self._wire.refuse(error)
 
     def _take(self) -> RadixError | None:
