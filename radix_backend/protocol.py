@@ -203,9 +203,7 @@ class Step(Message):
 
     ids: bytes  # "<i8"
     counts: bytes  # "<i4"
-    finish: (
-        bytes  # "u1"; STOP here is a stop token (the last of this request's tokens), or the answer to Finish(STOP)
-    )
+    finish: bytes  # "u1"; STOP here is a stop token (the last of this request's tokens), or the answer to Finish(STOP)
     tokens: bytes  # "<i4"
     receipts: list[Receipt]  # of the requests that finish here, in order
 
@@ -246,6 +244,12 @@ class Status(msgspec.Struct, frozen=True, tag=True):
     generation: int
     detail: str = ""  # "loading weights 40 %", or why it restarts or failed
     model_dir: str = ""
+
+
+class Pulse(msgspec.Struct, frozen=True, tag=True):
+    """What the supervisor tells every lease once a second while the sidecar is ready."""
+
+    silence: float  # seconds since the process that made progress longest ago did so
 
 
 class Log(msgspec.Struct, frozen=True, tag=True):

@@ -88,7 +88,9 @@ class EngineCore:
                 self.scheduler.settle(result)
                 self._flush()
             self.stats.num_steps += 1
-        self._reporter.progress()
+            self._reporter.progress()
+        elif not self.scheduler.requests:
+            self._reporter.progress()
         if time.monotonic() > self._next_audit:
             self._next_audit = time.monotonic() + AUDIT_SECONDS
             for finding in self.cache.audit(repair=True):

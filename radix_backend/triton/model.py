@@ -60,7 +60,7 @@ class TritonPythonModel:
 
     def is_ready(self) -> bool:
         """Newer servers ask this for ``/v2/models/<model>/ready``."""
-        return self._client.status.state == "ready"
+        return not self._client.ailment
 
     def finalize(self) -> None:
         """Called when the model is unloaded or the server stops, unless it is killed."""
