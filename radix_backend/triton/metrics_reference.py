@@ -27,7 +27,8 @@ _ENGINE = """\
 
 What it does for all its clients: models with equal settings share one engine, and each of them shows it. With several
 instances of a model the first one publishes these. Gauges are 0 while the engine is not up. Counters go on when the
-engine is restarted; what it did in the last second before its death may be missing.
+engine is restarted; what it did in the last second before its death may be missing. Values stand still when the stub
+itself dies, until the model is unloaded and loaded again.
 """
 
 _REQUEST = """\

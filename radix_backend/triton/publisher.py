@@ -50,12 +50,15 @@ class Identity:
 
     def __init__(self, args: Mapping[str, str], groups: list[dict[str, Any]]) -> None:
         name = args["model_instance_name"]
-        if args["model_instance_kind"] == "GPU":  # the instances of a group differ in their device alone
-            name += f"_gpu{args['model_instance_device_id']}"
-        first = f"{groups[0]['name']}_0" if groups else name
-        if groups and (gpus := groups[0].get("gpus")) and args["model_instance_kind"] == "GPU":
-            first += f"_gpu{gpus[0]}"
-        self.speaks_for_engine = name == first
+        group: dict[str, Any] = groups[0] if groups else {"name": name}
+        self.speaks_for_engine = name in (
+            f"{group['name']}_0",
+            group["name"],
+        )  # older servers do not number a single one
+        if args["model_instance_kind"] == "GPU":  # the instances of a group on all its devices have the same name
+            device = args["model_instance_device_id"]
+            self.speaks_for_engine &= device == str((group.get("gpus") or [device])[0])
+            name += f"_gpu{device}"
         self.labels = {"model": args["model_name"], "version": args["model_version"]}
         if not self.speaks_for_engine:
             self.labels["model_instance"] = name
@@ -71,7 +74,7 @@ class Publisher:
         self._identity = identity
         self._api = api
         self._figures: Figures | None = None  # the engine's latest
-        self._totals = _Totals(time.time())
+        self._totals = Totals(time.time())
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="radix-metrics", daemon=True)
         self._thread.start()
@@ -140,10 +143,10 @@ class Publisher:
                 if family.kind == COUNTER and family.read:
                     for value, read in family.read.items():
                         series[family, value].increment(read(new))
-            _observe_steps(series[ITERATION_TOKENS, ""], new)
+            observe_steps(series[ITERATION_TOKENS, ""], new)
 
 
-class _Totals:
+class Totals:
     """Turns the engine's totals, which begin at 0 when it restarts, into what is new since the last look."""
 
     def __init__(self, since: float) -> None:
@@ -164,7 +167,7 @@ class _Totals:
         return restarts, new
 
 
-def _observe_steps(histogram: Any, new: Figures) -> None:
+def observe_steps(histogram: Any, new: Figures) -> None:
     """The engine counts its steps by bucket, with the sum of each: observing the mean is exact in counts and sum."""
     for name, total in new.items():
         prefix, _, bound = name.partition("_sum_le_")
