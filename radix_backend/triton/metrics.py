@@ -31,6 +31,7 @@ class Family:
     values: tuple[str, ...] = ("",)
     buckets: tuple[float, ...] = ()  # upper bounds, +Inf left out
     read: Mapping[str, Callable[[Figures], float]] | None = None  # by label value
+    sampled: bool = False  # a histogram of what happens too often to observe it all (see publisher.py)
 
 
 def _figure(name: str) -> dict[str, Callable[[Figures], float]]:
@@ -171,6 +172,7 @@ INTER_TOKEN_LATENCY = Family(
     HISTOGRAM,
     "Between two successive steps that brought tokens to a request, as they arrive in the stub.",
     buckets=_LATENCY,
+    sampled=True,
 )
 E2E_LATENCY = Family(
     "radix:e2e_request_latency_seconds",
@@ -193,6 +195,7 @@ TOKENS_PER_RESPONSE = Family(
     HISTOGRAM,
     "Tokens in one response of a stream. It stays near 1 unless Triton or a client is slower than the engine.",
     buckets=_TOKENS[:11],
+    sampled=True,
 )
 
 # What each model instance sees of its own requests.

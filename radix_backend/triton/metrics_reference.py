@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from radix_backend.triton.metrics import ENGINE, HISTOGRAM, REQUEST, Family
+from radix_backend.triton.publisher import SAMPLES
 
 _INTRODUCTION = """\
 # Metrics
@@ -66,7 +67,16 @@ scrape_configs:
 
 def render() -> str:
     """The whole page."""
-    parts = [_INTRODUCTION, _ENGINE, _table(ENGINE), _REQUEST, _table(REQUEST), _buckets(ENGINE + REQUEST), _NOTES]
+    parts = [
+        _INTRODUCTION,
+        _ENGINE,
+        _table(ENGINE),
+        _REQUEST,
+        _table(REQUEST),
+        _sampled(REQUEST),
+        _buckets(ENGINE + REQUEST),
+        _NOTES,
+    ]
     return "\n".join(parts)
 
 
@@ -78,6 +88,15 @@ def _table(families: Iterable[Family]) -> str:
             name += f"<br>`{family.label}`: " + ", ".join(f"`{value}`" for value in family.values)
         rows.append(f"| {name} | {family.kind} | {family.help} |")
     return "\n".join(rows) + "\n"
+
+
+def _sampled(families: Iterable[Family]) -> str:
+    names = " and ".join(f"`{family.name}`" for family in families if family.sampled)
+    return (
+        f"Beyond {SAMPLES:,} observations a second, {names}\n"
+        "are of a random sample: their quantiles and means stay right, their `_count` falls behind\n"
+        "`radix:generation_tokens_total`. Everything else is counted in full.\n"
+    )
 
 
 def _buckets(families: Iterable[Family]) -> str:

@@ -325,3 +325,11 @@ def test_of_two_instances_one_speaks_for_the_engine_and_requests_add_up(
     assert after.get("generation_tokens_total", model_instance="radix_0_1") > 0
     assert after.since(before, "prompt_tokens_total") == after.since(before, "request_prompt_tokens_sum")
     assert [labels for name, labels, _ in after.series if name == "engine_up"] == [{"model": "radix", "version": "1"}]
+    assert server.post("/v2/repository/models/radix/unload", {})[0] == 200
+    eventually(lambda: not Metrics(server).series)
+
+
+def test_a_server_without_metrics_serves(start_server: Callable[..., TritonServer]) -> None:
+    server = start_server("--allow-metrics=false")
+    server.wait_serving()
+    assert server.generate(text_input="a", max_tokens=1, return_num_output_tokens=True)["num_output_tokens"] == 1

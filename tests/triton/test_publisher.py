@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 
-from radix_backend.triton.publisher import Identity, Totals, Turn, observe_steps
+from radix_backend.triton.publisher import SAMPLES, Identity, Totals, Turn, observe_steps, sample
 
 GROUP = {"name": "radix_0", "gpus": []}
 
@@ -89,3 +89,12 @@ def test_steps_are_observed_in_their_buckets_and_add_up() -> None:
     assert observed[:2] == [1, 1]
     assert all(4 < value <= 8 for value in observed[2:])
     assert (len(observed), round(sum(observed), 9)) == (5, 22)
+
+
+def test_what_happens_too_often_is_sampled_without_a_bias() -> None:
+    few = [float(value) for value in range(SAMPLES)]
+    assert sample(few) == few
+    alternating = [1.0, 3.0] * (10 * SAMPLES)  # a regular choice could see one of the two alone
+    drawn = sample(alternating)
+    assert len(drawn) == SAMPLES
+    assert 1.7 < sum(drawn) / SAMPLES < 2.3  # nine standard deviations
