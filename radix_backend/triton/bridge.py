@@ -8,12 +8,14 @@ from collections.abc import Callable, Mapping
 from queue import SimpleQueue
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from radix_backend.client import EngineClient
 from radix_backend.errors import RadixError, Unavailable
+from radix_backend.protocol import STOP
 from radix_backend.triton.recorder import Recorder
-from radix_backend.triton.request import parse
+from radix_backend.triton.request import HEALTH_CHECK, is_health_check, parse
 from radix_backend.triton.slot import Slot, Wire
 
 POLL_SECONDS = 0.25  # between looks at cancellations: each is a round trip to the server
@@ -52,7 +54,12 @@ class Bridge:
         slot = Slot(wire, self._outbox, self._namespace, self._recorder)
         self._live.add(slot)
         try:
-            request = slot.request = parse(*read())
+            tensors, parameters = read()
+            if is_health_check(parameters):
+                slot.request = HEALTH_CHECK
+                slot.on_tokens(np.array([], dtype=np.int32), "", STOP, None)
+                return
+            request = slot.request = parse(tensors, parameters)
             slot.engine_id = self._client.submit(
                 request.params,
                 text=request.text,
