@@ -19,7 +19,7 @@ from tritonclient.utils import InferenceServerException
 from radix_backend.cli.tritonserver import Server
 from radix_backend.errors import InvalidArgument, RadixError, Unavailable
 
-EXIT_SECONDS = 3  # for requests in flight when the server is told to stop
+EXIT_SECONDS = 6  # for requests in flight when the server is told to stop; half of it is theirs
 _KILL_SECONDS = 10.0  # after which a server that does not stop is killed
 _START_SECONDS = 120.0
 _ANSWER_SECONDS = 5.0

@@ -40,7 +40,7 @@ def test_streams_complete_within_the_exit_timeout_and_new_ones_are_refused(start
 
 
 def test_streams_past_the_exit_timeout_end_as_unavailable_and_nothing_is_left(start_tiny: Start) -> None:  # noqa: F811
-    server = start_tiny("--exit-timeout-secs=6", linger=1)
+    server = start_tiny("--exit-timeout-secs=10", linger=1)
     server.wait_serving()
     everything, run_dir, memory = server.everything(), server.run_dir, shared_memory_of(server.stub())
     with Stream(server.grpc, {"triton_grpc_error": "false"}) as running:
@@ -94,5 +94,6 @@ def test_a_closed_listener_is_noticed_and_those_of_others_are_not(listening: psu
 
 
 def test_the_exit_timeout_is_the_servers_own(listening: psutil.Popen) -> None:
+    tell(listening, "started")
     assert exit_seconds(listening.pid) == 9
     assert exit_seconds(psutil.Process().pid) == 30
