@@ -41,6 +41,7 @@ __all__ = ["Delta", "EngineClient", "Sink"]
 
 TokenIds = Sequence[int] | npt.NDArray[Any]
 
+STALL_SECONDS = 10.0  # without a sign of progress, after which an engine is taken for stuck
 _CALL_TIMEOUT = 30.0  # seconds
 _MAX_TOKEN_ID = 2**31 - 1
 
@@ -90,6 +91,18 @@ class EngineClient:
     def status(self) -> Status:
         """The sidecar's, as far as this client is concerned: "ready" means that `submit` works."""
         return self._connection.status
+
+    @property
+    def ailment(self) -> str:
+        """Why nobody should be sent here; "" while the engine is ready and gets things done.
+
+        An engine is taken for stuck `STALL_SECONDS` after its last sign of progress (steps while there are requests,
+        turns of its loop while there are none), which is long before the supervisor replaces it.
+        """
+        status, silence = self.status, self._connection.silence
+        if status.state != "ready":
+            return str(self._connection.unavailable())
+        return f"the engine has made no progress for {silence:.0f} s" if silence >= STALL_SECONDS else ""
 
     def wait_ready(self, timeout: float | None = None) -> None:
         """Raises Unavailable after ``timeout`` seconds, InvalidArgument if waiting longer cannot help."""

@@ -49,6 +49,8 @@ class Unavailable(RadixError):
 
 _BY_CODE = {cls.code: cls for cls in (RadixError, InvalidArgument, NotFound, Unsupported, Cancelled, Unavailable)}
 
+CODES = tuple(_BY_CODE)
+
 
 def from_code(code: str, message: str) -> RadixError:
     """The error that travelled as ``(code, message)`` in a protocol message."""

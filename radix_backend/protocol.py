@@ -247,6 +247,12 @@ class Status(msgspec.Struct, frozen=True, tag=True):
     model_dir: str = ""
 
 
+class Pulse(msgspec.Struct, frozen=True, tag=True):
+    """What the supervisor tells every lease once a second while the sidecar is ready."""
+
+    silence: float  # seconds since the process that made progress longest ago did so
+
+
 class Log(msgspec.Struct, frozen=True, tag=True):
     """A line of a sidecar process for whoever shows logs."""
 

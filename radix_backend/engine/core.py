@@ -78,6 +78,7 @@ class EngineCore:
             plan = self.scheduler.schedule()
             if plan is not None:
                 self._worker.launch(plan)
+                self.stats.count_launch(int(plan.num_tokens.sum()))
                 self._num_launched += 1
             self._flush()
         if self._num_launched == self._depth or (plan is None and self._num_launched):
@@ -87,7 +88,9 @@ class EngineCore:
                 self.scheduler.settle(result)
                 self._flush()
             self.stats.num_steps += 1
-        self._reporter.progress()
+            self._reporter.progress()
+        elif not self.scheduler.requests:
+            self._reporter.progress()
         if time.monotonic() > self._next_audit:
             self._next_audit = time.monotonic() + AUDIT_SECONDS
             for finding in self.cache.audit(repair=True):

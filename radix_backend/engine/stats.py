@@ -1,4 +1,4 @@
-"""The engine's figures: what `Stats` calls answer and, later, what metrics export."""
+"""The engine's figures: what `Stats` calls answer and the doors' metrics are made from."""
 
 from __future__ import annotations
 
@@ -15,8 +15,16 @@ class Stats:
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.num_steps = 0
+        self._start_time = time.time()
+        self._launches: dict[int, list[int]] = {}  # bucket → steps, tokens
         self._scheduler = scheduler
         self._host_seconds = 0.0
+
+    def count_launch(self, num_tokens: int) -> None:
+        """A step of ``num_tokens`` (1 or more) was launched."""
+        bucket = self._launches.setdefault((num_tokens - 1).bit_length(), [0, 0])
+        bucket[0] += 1
+        bucket[1] += num_tokens
 
     @contextmanager
     def host_time(self) -> Iterator[None]:
@@ -28,10 +36,15 @@ class Stats:
             self._host_seconds += time.thread_time() - start
 
     def snapshot(self, audit: bool = False) -> dict[str, float]:
-        """All figures by name. Counts of pages, requests and tokens; totals since the start where named so."""
+        """All figures by name. Counts of pages, requests and tokens; totals since the start where named so.
+
+        ``start_time`` is in Unix seconds. ``iteration_tokens_le_<2**n>`` counts the steps of more than ``2**(n - 1)``
+        and at most ``2**n`` tokens, ``iteration_tokens_sum_le_<2**n>`` is the sum of their tokens.
+        """
         scheduler, cache = self._scheduler, self._scheduler.cache
         pool = cache.pool
         figures: dict[str, float] = {
+            "start_time": self._start_time,
             "requests_running": len(scheduler.running),
             "requests_waiting": scheduler.num_waiting,
             "pages": pool.num_pages,
@@ -50,6 +63,9 @@ class Stats:
             "steps_total": self.num_steps,
             "host_seconds_total": self._host_seconds,
         }
+        for power, (steps, tokens) in self._launches.items():
+            figures[f"iteration_tokens_le_{2**power}"] = steps
+            figures[f"iteration_tokens_sum_le_{2**power}"] = tokens
         if audit:
             figures["audit_findings"] = len(cache.audit())
         return figures

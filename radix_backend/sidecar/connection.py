@@ -34,6 +34,7 @@ from radix_backend.protocol import (
     Lease,
     Log,
     ModelInfo,
+    Pulse,
     Receipt,
     Refused,
     Rejected,
@@ -92,6 +93,7 @@ class Connection(threading.Thread):
             lease = None
             self._status = Status("starting", 0, str(error))
         self.model: ModelInfo | None = None
+        self._progress_at = time.monotonic()  # the last that is known of
         self._changed = threading.Condition()
         self._outbox: deque[Callable[[], None]] = deque()
         self._outbox_lock = threading.Lock()
@@ -118,6 +120,11 @@ class Connection(threading.Thread):
     def status(self) -> Status:
         """The sidecar's as this client sees it: "ready" once the gateway has welcomed it."""
         return self._status
+
+    @property
+    def silence(self) -> float:
+        """Seconds since the sidecar last made progress, as far as is known here."""
+        return time.monotonic() - self._progress_at
 
     def unavailable(self) -> Unavailable:
         """Why nothing can be asked now."""
@@ -236,6 +243,8 @@ class Connection(threading.Thread):
                     return
                 if isinstance(message, Status):
                     self._take_status(message)
+                elif isinstance(message, Pulse):
+                    self._progress_at = time.monotonic() - message.silence
                 else:
                     self._show(message)
         except OSError:
@@ -315,6 +324,7 @@ class Connection(threading.Thread):
                 elif isinstance(message, Welcome):
                     self.model = message.model
                     self._retry_delay = _RETRY_SECONDS[0]
+                    self._progress_at = time.monotonic()
                     self._set_status(self._offered)
                 elif isinstance(message, Refused):
                     self._refused(message.reason)

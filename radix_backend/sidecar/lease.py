@@ -16,7 +16,7 @@ import msgspec
 
 from radix_backend.config import EngineConfig
 from radix_backend.errors import InvalidArgument, Unavailable
-from radix_backend.protocol import Goodbye, Lease, Log, Status
+from radix_backend.protocol import Goodbye, Lease, Log, Pulse, Status
 from radix_backend.sidecar.runtime import Claim, RunDir
 
 SUPERVISOR = ("-m", "radix_backend.supervisor")  # what the interpreter runs
@@ -24,7 +24,7 @@ _DATAGRAM_LIMIT = 65536  # bytes: the supervisor's messages are shorter
 _ANSWER_TIMEOUT = 15.0  # seconds for a supervisor to say its first word on a busy machine
 _STDERR_SHOWN = 2000  # characters of a supervisor's last words in an error
 
-_message: msgspec.json.Decoder[Status | Log] = msgspec.json.Decoder(Status | Log)
+_message: msgspec.json.Decoder[Status | Pulse | Log] = msgspec.json.Decoder(Status | Pulse | Log)
 
 
 class LeaseSocket:
@@ -38,7 +38,7 @@ class LeaseSocket:
     def fileno(self) -> int:
         return self._sock.fileno()
 
-    def receive(self) -> Status | Log | None:
+    def receive(self) -> Status | Pulse | Log | None:
         """The next message, None when there is none yet. Raises ConnectionError when the supervisor is gone."""
         try:
             return _receive(self._sock)
@@ -167,7 +167,7 @@ def receive_datagram(sock: socket.socket) -> bytes:
         return sock.recv(_DATAGRAM_LIMIT)
 
 
-def _receive(sock: socket.socket) -> Status | Log:
+def _receive(sock: socket.socket) -> Status | Pulse | Log:
     datagram = receive_datagram(sock)
     if not datagram:
         raise ConnectionResetError("the supervisor is gone")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from radix_backend.protocol import Goodbye, Lease, Log, Status
+from radix_backend.protocol import Goodbye, Lease, Log, Pulse, Status
 from radix_backend.sidecar.lease import receive_datagram
 
 ORPHAN_GRACE = 2.0  # seconds a client may outlive its parent
@@ -95,6 +95,13 @@ class Leases:
         for member in self._members:
             if member.unsent and _send(member, member.unsent):
                 member.unsent = b""
+
+    def pulse(self, pulse: Pulse) -> None:
+        """Send a sign of life to every client; dropped where one does not keep up."""
+        data = msgspec.json.encode(pulse)
+        for member in self._members:
+            if member.lease is not None:
+                _send(member, data)
 
     def log(self, log: Log) -> None:
         """Send a line to the oldest client that shows logs; dropped if that one does not keep up."""

@@ -8,11 +8,14 @@ from collections.abc import Callable, Mapping
 from queue import SimpleQueue
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from radix_backend.client import EngineClient
 from radix_backend.errors import RadixError, Unavailable
-from radix_backend.triton.request import parse
+from radix_backend.protocol import STOP
+from radix_backend.triton.recorder import Recorder
+from radix_backend.triton.request import HEALTH_CHECK, is_health_check, parse
 from radix_backend.triton.slot import Slot, Wire
 
 POLL_SECONDS = 0.25  # between looks at cancellations: each is a round trip to the server
@@ -24,8 +27,17 @@ _log = logging.getLogger(__name__)
 class Bridge:
     """Serves requests for one model instance."""
 
-    def __init__(self, client: EngineClient, namespace: str) -> None:
+    def __init__(
+        self,
+        client: EngineClient,
+        namespace: str,
+        recorder: Recorder,
+        ending: Callable[[bool], str] = lambda busy: "",
+    ) -> None:
+        """``ending(busy)`` says why running requests must end now, or ""; the watcher's thread asks every so often."""
         self._client = client
+        self._ending = ending
+        self._recorder = recorder
         self._namespace = namespace
         self._live: set[Slot] = set()
         self._outbox: SimpleQueue[Slot | None] = SimpleQueue()
@@ -39,12 +51,21 @@ class Bridge:
 
     def execute(self, wire: Wire, read: Callable[[], tuple[Mapping[str, npt.NDArray[Any]], str]]) -> None:
         """Start a request, whose tensors and parameters ``read`` returns. Never waits, never raises, sends nothing."""
-        slot = Slot(wire, self._outbox, self._namespace)
+        slot = Slot(wire, self._outbox, self._namespace, self._recorder)
         self._live.add(slot)
         try:
-            request = slot.request = parse(*read())
+            tensors, parameters = read()
+            if is_health_check(parameters):
+                slot.request = HEALTH_CHECK
+                slot.on_tokens(np.array([], dtype=np.int32), "", STOP, None)
+                return
+            request = slot.request = parse(tensors, parameters)
             slot.engine_id = self._client.submit(
-                request.params, text=request.text, input_ids=request.input_ids, priority=request.priority, sink=slot
+                request.params,
+                text=request.text,
+                input_ids=request.input_ids,
+                priority=request.priority,
+                sink=self._recorder.watch(slot),
             )
         except RadixError as error:
             slot.on_error(error)
@@ -69,6 +90,7 @@ class Bridge:
                 self._give_up(slot, error)
             if slot.ended:
                 self._live.discard(slot)
+            del slot  # its sender keeps the model loaded: it must not wait here for the next one
 
     def _give_up(self, slot: Slot, cause: Exception) -> None:
         _log.error("a response could not be sent: %s", cause)
@@ -82,8 +104,18 @@ class Bridge:
     def _watch_loop(self) -> None:
         while not self._closing.wait(POLL_SECONDS):
             try:
-                cancelled = [slot.engine_id for slot in list(self._live) if slot.is_cancelled()]
+                if reason := self._ending(bool(self._live)):
+                    self._end_all(Unavailable(reason))
                 # Their slots end with the client's `Cancelled`.
-                self._client.abort([engine_id for engine_id in cancelled if engine_id is not None])
+                self._abort([slot for slot in list(self._live) if slot.is_cancelled()])
             except Exception:
                 _log.exception("looking for cancelled requests failed")
+
+    def _end_all(self, error: RadixError) -> None:
+        slots = list(self._live)
+        for slot in slots:
+            slot.on_error(error)
+        self._abort(slots)  # what they hear of it comes after their end
+
+    def _abort(self, slots: list[Slot]) -> None:
+        self._client.abort([slot.engine_id for slot in slots if slot.engine_id is not None])

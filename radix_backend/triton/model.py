@@ -17,6 +17,9 @@ from radix_backend.client import EngineClient
 from radix_backend.errors import RadixError
 from radix_backend.protocol import Status
 from radix_backend.triton.bridge import Bridge
+from radix_backend.triton.lifecycle import Lifecycle
+from radix_backend.triton.publisher import Identity, Publisher
+from radix_backend.triton.recorder import Recorder
 from radix_backend.triton.settings import load_config
 from radix_backend.triton.tensors import declare
 
@@ -39,11 +42,17 @@ class TritonPythonModel:
         _log_to_triton()
         version_dir = Path(args["model_repository"]) / args["model_version"]
         try:
-            config = load_config(version_dir, json.loads(args["model_config"]))
+            model_config = json.loads(args["model_config"])
+            config = load_config(version_dir, model_config)
             self._client = EngineClient(config, on_log=_show_line, on_status=_show_status, parent=os.getppid())
         except RadixError as error:
             raise pb_utils.TritonModelException(str(error)) from None
-        self._bridge = Bridge(self._client, config.namespace)
+        recorder = Recorder()
+        is_model_ready = partial(pb_utils.is_model_ready, args["model_name"], args["model_version"])
+        lifecycle = Lifecycle(os.getppid(), is_model_ready)
+        self._bridge = Bridge(self._client, config.namespace, recorder, lifecycle.ending)
+        identity = Identity(args, model_config.get("instance_group") or [])
+        self._publisher = Publisher(self._client, recorder, identity, pb_utils.MetricFamily)
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
@@ -51,11 +60,12 @@ class TritonPythonModel:
 
     def is_ready(self) -> bool:
         """Newer servers ask this for ``/v2/models/<model>/ready``."""
-        return self._client.status.state == "ready"
+        return not self._client.ailment
 
     def finalize(self) -> None:
         """Called when the model is unloaded or the server stops, unless it is killed."""
         self._bridge.close()
+        self._publisher.close()
         self._client.close()
 
 

@@ -70,6 +70,15 @@ def parse(tensors: Mapping[str, Array], parameters: str) -> Request:
     )
 
 
+# Asks for nothing but a sign of life of the stub: an empty text.
+HEALTH_CHECK = Request(SamplingParams(), "", None)
+
+
+def is_health_check(parameters: str) -> bool:
+    """Whether the request parameters, a JSON object or "", hold ``"health_check": true``."""
+    return "health_check" in parameters and _object("request parameters", parameters).get("health_check") is True
+
+
 def _prompt(tensors: Mapping[str, Array]) -> tuple[str | None, Array | None]:
     if ("text_input" in tensors) == ("input_ids" in tensors):
         given = "both are given" if "text_input" in tensors else "neither is given"

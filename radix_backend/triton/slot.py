@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from radix_backend.errors import RadixError
 from radix_backend.protocol import Receipt
+from radix_backend.triton.recorder import Recorder
 from radix_backend.triton.request import Request
 from radix_backend.triton.response import Part, encode
 
@@ -39,13 +40,14 @@ class Wire(Protocol):
 class Slot:
     """The sink of one request. Ends with exactly one FINAL, whatever comes after it."""
 
-    def __init__(self, wire: Wire, outbox: SimpleQueue[Slot | None], namespace: str) -> None:
+    def __init__(self, wire: Wire, outbox: SimpleQueue[Slot | None], namespace: str, recorder: Recorder) -> None:
         self.engine_id: int | None = None  # once submitted
         self.request: Request | None = None  # once parsed
         self.ended = False  # FINAL was sent, or cannot be sent
         self._wire = wire
         self._outbox = outbox
         self._namespace = namespace
+        self._recorder = recorder
         self._inbox: deque[tuple[npt.NDArray[np.int32], str, int, Receipt | None] | RadixError] = deque()
         self._queued = False
         self._part = Part()
@@ -86,6 +88,7 @@ class Slot:
         with self._closing:
             if not self.ended:
                 self.ended = True
+                self._recorder.failed(error)
                 self._wire.refuse(error)
 
     def _take(self) -> RadixError | None:
@@ -99,6 +102,8 @@ class Slot:
     def _send(self, request: Request) -> None:
         part, self._part = self._part, Part()
         tensors = encode(request, part, self._namespace)
+        if request.stream:
+            self._recorder.sent(len(part.token_ids))
         if not part.finish:
             self._wire.send(tensors, final=False)
             return

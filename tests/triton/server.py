@@ -97,6 +97,11 @@ class TritonServer:
         assert status == 200, answer
         return dict(answer)
 
+    def version(self) -> tuple[int, ...]:
+        """Triton's own, such as (2, 51, 0)."""
+        with urllib.request.urlopen(self.url("/v2"), timeout=30) as response:
+            return tuple(int(part) for part in json.load(response)["version"].split("."))
+
     def engine(self) -> EngineClient:
         """A client of the same sidecar; close it."""
         client = EngineClient(self.config)
