@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from radix_backend.client import Sink
 from radix_backend.errors import Cancelled, RadixError, Unavailable
 from radix_backend.protocol import LENGTH, RUNNING, Receipt
 from radix_backend.triton.bridge import Bridge
-from radix_backend.triton.slot import SPLIT_BYTES, Slot
+from radix_backend.triton.recorder import Recorder
+from radix_backend.triton.slot import SPLIT_BYTES
 from tests.triton.server import eventually
 
 RECEIPT = Receipt(3, 0, 0, 0.0, 0.0, 0.0, 0, False)
@@ -22,11 +24,11 @@ class Engine:
     """Stands for EngineClient: remembers sinks, and does what a test says."""
 
     def __init__(self) -> None:
-        self.sinks: dict[int, Slot] = {}
+        self.sinks: dict[int, Sink] = {}
         self.aborted: list[int] = []
         self.unavailable = False
 
-    def submit(self, params: Any, *, sink: Slot, **prompt: Any) -> int:
+    def submit(self, params: Any, *, sink: Sink, **prompt: Any) -> int:
         if self.unavailable:
             raise Unavailable("the engine is starting")
         request = len(self.sinks) + 1
@@ -94,7 +96,7 @@ def engine() -> Engine:
 
 @pytest.fixture
 def bridge(engine: Engine) -> Iterator[Bridge]:
-    bridge = Bridge(engine, "")  # type: ignore[arg-type]
+    bridge = Bridge(engine, "", Recorder())  # type: ignore[arg-type]
     yield bridge
     bridge.close()
 
@@ -202,7 +204,7 @@ def test_cancelled_request_is_aborted_before_its_first_token(bridge: Bridge, eng
 
 
 def test_close_ends_what_runs(engine: Engine) -> None:
-    bridge = Bridge(engine, "")  # type: ignore[arg-type]
+    bridge = Bridge(engine, "", Recorder())  # type: ignore[arg-type]
     wires = [start(bridge) for _ in range(3)]
     bridge.close()
     assert [wire.error().code for wire in wires] == ["UNAVAILABLE"] * 3
