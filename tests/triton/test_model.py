@@ -6,14 +6,14 @@ from types import SimpleNamespace
 import pytest
 
 from radix_backend.cli.tritonserver import find_server
-from radix_backend.protocol import Status
 
 
-def test_model_is_ready_when_the_engine_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_is_ready_while_nothing_ails_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(os.fspath(find_server().python_backend))
     from radix_backend.triton.model import TritonPythonModel
 
     model = TritonPythonModel()
-    for state, ready in (("starting", False), ("ready", True), ("restarting", False), ("failed", False)):
-        model._client = SimpleNamespace(status=Status(state, 1))
+    reasons = ("the engine is starting: loading weights 40 %", "the engine has made no progress for 12 s")
+    for ailment, ready in (("", True), *((reason, False) for reason in reasons)):
+        model._client = SimpleNamespace(ailment=ailment)
         assert model.is_ready() is ready
