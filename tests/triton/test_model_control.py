@@ -77,17 +77,6 @@ def test_twenty_reloads_while_streams_run_leak_nothing(start_tiny: Start) -> Non
     assert all(now <= GROWTH * then for now, then in zip(last_memory, warm_memory, strict=True)), seen
 
 
-def test_reload_with_other_settings_serves_them_and_ends_the_former_sidecar(start_tiny: Start) -> None:  # noqa: F811
-    server = start_tiny(*EXPLICIT, linger=0.5)
-    server.wait_serving()
-    former = server.run_dir
-    file = server.repository / "radix" / "1" / "model.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"context_len": 64}))
-    control(server, "load")
-    eventually(lambda: server.post("/v2/models/radix/generate", {"text_input": "a" * 65})[1]["error"].find("64") >= 0)
-    eventually(lambda: not former.exists())
-
-
 def test_instances_share_one_engine_and_its_radix_cache(start_tiny: Start) -> None:  # noqa: F811
     server = start_tiny(*EXPLICIT)
     server.wait_serving()
