@@ -142,8 +142,8 @@ class ServerProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-            for path in memory:
-                path.unlink(missing_ok=True)
+        for path in memory:
+            path.unlink(missing_ok=True)
 
     def _client(self) -> tritonclient.grpc.InferenceServerClient:
         return tritonclient.grpc.InferenceServerClient(self._ports.address(self._ports.grpc))
@@ -176,7 +176,7 @@ def _check_port(host: str, flag: str, port: int) -> None:
 
 
 def _shared_memory(pid: int) -> set[Path]:
-    """The files of shared memory that a server has with its stubs; one that is killed leaves them behind."""
+    """The files that a server shares with its stubs. It leaves them when it is killed or its exit timeout expires."""
     try:
         maps = Path(f"/proc/{pid}/maps").read_text()
     except FileNotFoundError:
