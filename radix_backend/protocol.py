@@ -54,7 +54,7 @@ class Submit(Message):
     """Start a request, or go on with one: ``output_ids`` were generated and ``emitted_chars`` delivered before."""
 
     id: int  # chosen by the client, unique among its own running requests
-    params: SamplingParams  # with a seed
+    params: SamplingParams  # with a seed, of one completion (`SamplingParams.choice`)
     text: str | None = None  # the prompt: text,
     input_ids: bytes = b""  # or token ids, "<i4"
     priority: int = 0  # lower is served earlier; one step is worth `scheduler.AGING_SECONDS` of waiting
@@ -124,6 +124,15 @@ class Refused(Message):
     reason: str
 
 
+class Logprob(msgspec.Struct, array_like=True, frozen=True):
+    """How likely a token was, by the model's own distribution (before penalties, temperature and filters)."""
+
+    token_id: int
+    logprob: float  # natural logarithm
+    rank: int  # 1 + how many tokens were more likely
+    decoded_token: str  # of a generated token: the text that it released; of any other: its own text
+
+
 class Receipt(msgspec.Struct, array_like=True, frozen=True):
     """What a finished request cost."""
 
@@ -146,6 +155,15 @@ class Update(Message):
     tokens: bytes  # "<i4", all requests' tokens one after the other
     texts: list[str]  # what these tokens released; "" while a character or a stop string is open
     receipts: list[Receipt]  # of the requests that finish here, in order
+    # One entry a request, or empty where none wants any: for each of its tokens the token itself, then the likeliest.
+    logprobs: list[list[list[Logprob]]] = []
+
+
+class PromptLogprobs(Message):
+    """Of the next tokens of a request's prompt, from the second on; all come before its first generated token."""
+
+    id: int
+    tokens: list[list[Logprob]]  # as in `Update`
 
 
 class Rejected(Message):
@@ -165,7 +183,7 @@ class Reply(Message):
     message: str = ""
 
 
-GatewayMessage = Welcome | Refused | Update | Rejected | Reply
+GatewayMessage = Welcome | Refused | Update | PromptLogprobs | Rejected | Reply
 
 # ── gateway → engine ──────────────────────────────────────────────────────────────────────
 
@@ -179,6 +197,7 @@ class Admit(Message):
     stop_token_ids: list[int]
     priority: int = 0
     output_ids: bytes = b""  # "<i4"
+    bad_words: list[list[int]] = []  # `params.bad_words` as tokens: every way to write each
 
 
 class Finish(Message):
@@ -198,6 +217,14 @@ EngineCommand = Admit | Finish | EngineStats
 # ── engine → gateway ──────────────────────────────────────────────────────────────────────
 
 
+class TokenLogprobs(msgspec.Struct, array_like=True, frozen=True):
+    """Of one token: its own log probability first, then those of the likeliest, in order."""
+
+    rank: int  # of the token itself
+    token_ids: bytes  # "<i4"
+    logprobs: bytes  # "<f4"
+
+
 class Step(Message):
     """What one step did: one entry a request that got tokens or ended."""
 
@@ -207,6 +234,14 @@ class Step(Message):
     finish: bytes
     tokens: bytes  # "<i4"
     receipts: list[Receipt]  # of the requests that finish here, in order
+    logprobs: list[TokenLogprobs | None] = []  # one entry a token, or empty where nobody wants any
+
+
+class PromptScores(Message):
+    """Of the next tokens of a request's prompt, see `PromptLogprobs`."""
+
+    id: int
+    tokens: list[TokenLogprobs]
 
 
 class EngineRejected(Message):
@@ -220,7 +255,7 @@ class EngineReply(Message):
     value: dict[str, float]
 
 
-EngineMessage = Step | EngineRejected | EngineReply
+EngineMessage = Step | PromptScores | EngineRejected | EngineReply
 
 # ── sidecar processes → supervisor → leases ──────────────────────────────────────────────────────────────────────
 

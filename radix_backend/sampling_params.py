@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -12,20 +13,30 @@ from msgspec import Meta
 from radix_backend.errors import InvalidArgument
 from radix_backend.validation import convert, show
 
-MAX_STOP_STRINGS = 64
-MAX_STOP_LENGTH = 1024  # characters
+MAX_STRINGS = 64  # of `stop`, of `bad_words`
+MAX_STRING_LENGTH = 1024  # characters
 MAX_SEED = 2**63 - 1
+MAX_N = 128
+MAX_LOGPROBS = 20
+MAX_BIAS = 100.0
+
+_Likeliest = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None
 
 _ALIASES = {"max_new_tokens": "max_tokens"}
+_FINITE = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+_STRINGS = ("stop", "bad_words")
+_STRUCTURES = ("stop_token_ids", "logit_bias")
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """How one request is sampled. `parse` checks every value; the gateway checks again what it receives.
 
-    The tokens that may be drawn are those that survive ``min_p``, then ``top_k``, then ``top_p``, all computed
-    on the temperature-scaled distribution.
+    The logits are first changed by ``logit_bias``, ``bad_words`` and ``min_tokens``, then by the penalties, then
+    divided by the temperature. The tokens that may be drawn are those that survive ``min_p``, then ``top_k``, then
+    ``top_p``. Log probabilities are those of the model, before all of this.
     """
 
+    n: Annotated[int, Meta(ge=1, le=MAX_N, description="completions of the prompt; the i-th draws with seed + i")] = 1
     max_tokens: Annotated[int, Meta(ge=1, description="most tokens to generate")] = 16
     min_tokens: Annotated[int, Meta(ge=0, description="no stop is honoured before this many tokens")] = 0
     temperature: Annotated[float, Meta(ge=0, description="0 is greedy (argmax)")] = 1.0
@@ -36,36 +47,89 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         Annotated[int, Meta(ge=0, le=MAX_SEED)] | None,
         Meta(description="makes the stream replayable; drawn when absent"),
     ] = None
-    stop: Annotated[list[str], Meta(max_length=MAX_STOP_STRINGS, description="strings that end the text")] = []
+    repetition_penalty: Annotated[
+        float, Meta(gt=0, description="above 1: tokens of the prompt or the output become less likely")
+    ] = 1.0
+    presence_penalty: Annotated[
+        float, Meta(ge=-2, le=2, description="taken from the logits of tokens that the output holds")
+    ] = 0.0
+    frequency_penalty: Annotated[
+        float, Meta(ge=-2, le=2, description="taken from a token's logit once for each time that the output holds it")
+    ] = 0.0
+    logit_bias: Annotated[
+        dict[int, float], Meta(description=f"token id → added to its logit, clamped to ±{MAX_BIAS:g}")
+    ] = {}
+    bad_words: Annotated[list[str], Meta(max_length=MAX_STRINGS, description="texts whose tokens are not generated")] = []
+    logprobs: Annotated[
+        _Likeliest, Meta(description="log probabilities of each generated token and of so many of the likeliest")
+    ] = None
+    prompt_logprobs: Annotated[
+        _Likeliest, Meta(description="the same for the tokens of the prompt, which is computed without the cache")
+    ] = None
+    stop: Annotated[list[str], Meta(max_length=MAX_STRINGS, description="strings that end the text")] = []
     stop_token_ids: Annotated[list[int], Meta(max_length=1024, description="tokens that end the text")] = []
     include_stop_str_in_output: Annotated[bool, Meta(description="keep the stop string in the text")] = False
     ignore_eos: Annotated[bool, Meta(description="do not stop at the model's end-of-sequence tokens")] = False
+    skip_special_tokens: Annotated[bool, Meta(description="leave special tokens out of the text")] = True
+    truncate_prompt_tokens: Annotated[
+        Annotated[int, Meta(ge=-1)] | None,
+        Meta(description="keep the last so many tokens of the prompt; -1: as many as leave room for max_tokens"),
+    ] = None
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_p", "min_p"):
+        for name in _FINITE:
             value = getattr(self, name)
             if not math.isfinite(value):
                 raise InvalidArgument(f"sampling parameter {name!r} is {value}; accepted: a finite number")
-        for text in self.stop:
-            if not 0 < len(text) <= MAX_STOP_LENGTH:
-                accepted = f"strings of 1 to {MAX_STOP_LENGTH} characters"
-                raise InvalidArgument(f"sampling parameter 'stop' holds {show(text)}; accepted: {accepted}")
+        for name in ("stop", "bad_words"):
+            for text in getattr(self, name):
+                if not 0 < len(text) <= MAX_STRING_LENGTH:
+                    accepted = f"strings of 1 to {MAX_STRING_LENGTH} characters"
+                    raise InvalidArgument(f"sampling parameter {name!r} holds {show(text)}; accepted: {accepted}")
+        for token, bias in self.logit_bias.items():
+            if math.isnan(bias):
+                raise InvalidArgument(f"sampling parameter 'logit_bias' is nan for token {token}; accepted: a number")
         if self.min_tokens > self.max_tokens:
             accepted = f"at most max_tokens ({self.max_tokens})"
             raise InvalidArgument(f"sampling parameter 'min_tokens' is {self.min_tokens}; accepted: {accepted}")
+        if self.truncate_prompt_tokens == 0:
+            accepted = "1 or more, or -1"
+            raise InvalidArgument(f"sampling parameter 'truncate_prompt_tokens' is 0; accepted: {accepted}")
+
+    def choice(self, index: int) -> SamplingParams:
+        """What the engine is asked for the ``index``-th of `n` completions. Needs a seed."""
+        if self.n == 1:
+            return self
+        assert self.seed is not None
+        seed = (self.seed + index) & MAX_SEED
+        prompt_logprobs = self.prompt_logprobs if index == 0 else None
+        return msgspec.structs.replace(self, n=1, seed=seed, prompt_logprobs=prompt_logprobs)
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> SamplingParams:
         """From JSON or request parameters: unknown names are refused, strings are coerced.
 
-        A single stop string stands for a list of one. Raises InvalidArgument.
+        A single string stands for a list of one. Lists of numbers and objects may come as JSON texts, because Triton's
+        request parameters hold neither. Raises InvalidArgument.
         """
         renamed: dict[str, Any] = {}
         for name, value in values.items():
             target = _ALIASES.get(name, name)
             if target in renamed:
                 raise InvalidArgument(f"sampling parameter {name!r} and its alias are both given")
-            renamed[target] = [value] if target == "stop" and isinstance(value, str) else value
-        if renamed.get("stop", ()) is None:
-            del renamed["stop"]
+            renamed[target] = _structure(target, value)
+        for name in _STRINGS + _STRUCTURES:  # JSON's null means what vLLM's None does: nothing
+            if renamed.get(name, ()) is None:
+                del renamed[name]
         return convert(cls, renamed, "sampling parameter")
+
+
+def _structure(name: str, value: Any) -> Any:
+    """``value`` as the list or object that parameter ``name`` is, if it is a text that stands for one."""
+    if isinstance(value, str):
+        if name in _STRINGS:
+            return [value]
+        if name in _STRUCTURES:
+            with contextlib.suppress(msgspec.DecodeError):
+                return msgspec.json.decode(value)
+    return value

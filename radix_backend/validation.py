@@ -13,7 +13,7 @@ from radix_backend.errors import InvalidArgument
 
 T = TypeVar("T", bound=msgspec.Struct)
 
-_AT = re.compile(r" - at `\$\.?([^`\[]*)[^`]*`$")
+_AT = re.compile(r" - at (?:`key` in )?`\$\.?([^`\[]*)[^`]*`$")
 _SHOWN = 80  # characters of a wrong value that an error repeats
 
 

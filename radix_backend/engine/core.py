@@ -118,6 +118,7 @@ class EngineCore:
                 max_tokens=command.params.max_tokens,
                 priority=command.priority,
                 namespace=self._namespace,
+                bad_words=tuple(map(tuple, command.bad_words)),
                 output_ids=array(command.output_ids, "<i4").tolist(),
             )
             try:
@@ -131,10 +132,14 @@ class EngineCore:
             self._send(EngineReply(command.call, self.stats.snapshot(audit=command.audit)))
 
     def _flush(self) -> None:
-        """Send what the scheduler produced as one message of columns."""
+        """Send what the scheduler produced: the outputs as one message of columns."""
+        prompt_scores, self.scheduler.prompt_scores = self.scheduler.prompt_scores, []
+        for scores in prompt_scores:
+            self._send(scores)
         outputs, self.scheduler.outputs = self.scheduler.outputs, []
         if not outputs:
             return
+        logprobs = [output.logprobs for output in outputs if output.token is not None]
         self._send(
             Step(
                 ids=column([output.id for output in outputs], "<i8"),
@@ -142,6 +147,7 @@ class EngineCore:
                 finish=column([output.finish for output in outputs], "u1"),
                 tokens=column([output.token for output in outputs if output.token is not None], "<i4"),
                 receipts=[output.receipt for output in outputs if output.receipt is not None],
+                logprobs=logprobs if any(logprobs) else [],
             )
         )
 

@@ -40,6 +40,7 @@ class Request:
     priority: int = 0
     arrival: float = 0.0  # seconds, monotonic
     namespace: str = ""
+    bad_words: tuple[tuple[int, ...], ...] = ()
     output_ids: list[int] = field(default_factory=list)  # known outputs, those generated before a restart included
 
     state: State = State.WAITING
@@ -48,6 +49,7 @@ class Request:
     num_prefill: int = 0  # tokens known when it was admitted: they are prefilled, outputs among them
     num_computed: int = 0  # tokens whose KV launched steps have written or will
     num_in_flight: int = 0  # sampled tokens that launched steps will bring
+    num_scored: int = 0  # prompt tokens of whose log probabilities launched steps take care; the first has none
     num_synced: int = 0  # entries of the lease's page table that the workers know
     followers: list[tuple[int, Request]] = field(default_factory=list)  # (pages they wait for, follower)
     leader: Request | None = None
@@ -72,6 +74,13 @@ class Request:
     @property
     def known_tokens(self) -> Tokens:
         return np.concatenate([self.prompt, np.asarray(self.output_ids, np.int32)]) if self.output_ids else self.prompt
+
+    @property
+    def matchable_tokens(self) -> Tokens:
+        """Leading tokens whose KV may come from the cache: those to be scored have to be computed."""
+        if self.params.prompt_logprobs is None or self.num_scored >= len(self.prompt):
+            return self.known_tokens
+        return self.prompt[: max(self.num_scored, 1)]
 
     @property
     def num_known(self) -> int:

@@ -20,7 +20,7 @@ from radix_backend.engine.leaders import Leaders
 from radix_backend.engine.radix_tree import Node
 from radix_backend.engine.request import Request, State
 from radix_backend.errors import InvalidArgument, Unavailable
-from radix_backend.protocol import ABORT, LENGTH, RUNNING, STOP, Receipt
+from radix_backend.protocol import ABORT, LENGTH, RUNNING, STOP, PromptScores, Receipt, TokenLogprobs
 from radix_backend.worker.interface import NewRequest, StepPlan, StepResult
 
 # Admission expects running requests to generate this share of the tokens they may still generate. It decays while
@@ -36,6 +36,16 @@ class Output:
     token: int | None
     finish: int
     receipt: Receipt | None = None
+    logprobs: TokenLogprobs | None = None  # of the token, where they are wanted
+
+
+@dataclass
+class _Launched:
+    """A step in flight: the requests whose rows bring something, in row order."""
+
+    step: int
+    sampled: list[Request]
+    scored: list[Request]  # whose prompt tokens get log probabilities
 
 
 @dataclass
@@ -55,6 +65,7 @@ class _Rows:
     step: int
     decodes: dict[Request, None] = field(default_factory=dict)
     prefills: dict[Request, int] = field(default_factory=dict)  # request → tokens
+    scored: set[Request] = field(default_factory=set)
     new: list[NewRequest] = field(default_factory=list)
     page_slots: list[int] = field(default_factory=list)
     page_index: list[int] = field(default_factory=list)
@@ -91,7 +102,9 @@ class Scheduler:
         self.requests: dict[int, Request] = {}  # all that have not ended
         self.running: list[Request] = []
         self.num_waiting = 0
-        self.outputs: list[Output] = []  # what happened since the owner last took it
+        # What happened since the owner last took it; the first comes before the second.
+        self.prompt_scores: list[PromptScores] = []
+        self.outputs: list[Output] = []
         self._max_batched_tokens = max_batched_tokens
         self._max_queue_size = max_queue_size
         self._clock = clock
@@ -99,7 +112,7 @@ class Scheduler:
         self._queue: list[tuple[float, int, Request]] = []  # heap by key; entries not WAITING any more are skipped
         self._pushes = 0
         self._step = 0
-        self._launched: deque[tuple[int, list[Request]]] = deque()  # steps in flight and the rows they sample
+        self._launched: deque[_Launched] = deque()
         self._leaders = Leaders(cache.page_size)
         self._output_share = INITIAL_OUTPUT_SHARE
 
@@ -161,12 +174,16 @@ class Scheduler:
 
     def settle(self, result: StepResult) -> None:
         """Take the tokens of the oldest step in flight."""
-        step, sampled = self._launched.popleft()
-        assert step == result.step
-        assert len(sampled) == len(result.tokens)
-        self.cache.settle(step)
+        launched = self._launched.popleft()
+        assert launched.step == result.step
+        assert len(launched.sampled) == len(result.tokens)
+        self.cache.settle(launched.step)
+        for request, scores in zip(launched.scored, result.prompt_logprobs, strict=True):
+            if request.state is not State.FINISHED:
+                self.prompt_scores.append(PromptScores(request.id, scores))
         now = self._clock()
-        for request, token in zip(sampled, result.tokens.tolist(), strict=True):
+        every = result.logprobs or [None] * len(result.tokens)
+        for request, token, logprobs in zip(launched.sampled, result.tokens.tolist(), every, strict=True):
             request.num_in_flight -= 1
             if request.state is State.FINISHED:
                 continue  # sampled past its end: discarded
@@ -176,11 +193,11 @@ class Scheduler:
                 request.first_token = now
             num_outputs = len(request.output_ids)
             if token in request.stop_token_ids and num_outputs > request.params.min_tokens:
-                self._end(request, STOP, token)
+                self._end(request, STOP, token, logprobs)
             elif num_outputs >= request.max_tokens:
-                self._end(request, LENGTH, token)
+                self._end(request, LENGTH, token, logprobs)
             else:
-                self.outputs.append(Output(request.id, token, RUNNING))
+                self.outputs.append(Output(request.id, token, RUNNING, None, logprobs))
 
     # ── parts of a step ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -206,10 +223,20 @@ class Scheduler:
         rows.prefills[request] = count
         rows.sync_pages(request)
         self._advance(request, count, rows.step)
+        if request.params.prompt_logprobs is not None:
+            self._score(request, rows)
         self._leaders.remove(request)
         self.cache.publish(request.lease, request.known_tokens[: request.num_computed], rows.step)
         self._leaders.add(request)
         self._wake(request, up_to=request.lease.num_published)
+
+    @staticmethod
+    def _score(request: Request, rows: _Rows) -> None:
+        """The chunk scores the prompt tokens that follow its own."""
+        scored = min(request.num_computed + 1, len(request.prompt))
+        if scored > max(request.num_scored, 1):
+            request.num_scored = scored
+            rows.scored.add(request)
 
     def _admit(self, budget: int, rows: _Rows) -> None:
         later = []
@@ -223,8 +250,9 @@ class Scheduler:
                 later.append(heapq.heappop(self._queue))
                 continue
             tokens = request.known_tokens
-            node, pages = self.cache.match(request.namespace, tokens)
-            if self._leaders.follow(request, node, tokens, len(pages)):
+            matchable = request.matchable_tokens
+            node, pages = self.cache.match(request.namespace, matchable)
+            if len(matchable) == len(tokens) and self._leaders.follow(request, node, tokens, len(pages)):
                 heapq.heappop(self._queue)
                 continue
             needed = self._pages(len(tokens) + 1) - len(pages)
@@ -260,20 +288,16 @@ class Scheduler:
             self.counters.cached_tokens += request.cached_tokens
         self.running.append(request)
         self.num_waiting -= 1
-        params = request.params
         rows.new.append(
             NewRequest(
                 slot=request.slot,
                 token_ids=request.known_tokens,
                 prompt_len=len(request.prompt),
                 num_computed=request.num_computed,
-                temperature=params.temperature,
-                top_k=max(params.top_k, 0),
-                top_p=params.top_p,
-                min_p=params.min_p,
-                seed=params.seed or 0,
-                min_tokens=params.min_tokens,
+                params=request.params,
                 stop_token_ids=tuple(request.stop_token_ids),
+                bad_words=request.bad_words,
+                num_scored=request.num_scored,
             )
         )
 
@@ -287,7 +311,8 @@ class Scheduler:
         sample = [request.num_computed == request.num_tokens for request in order]
         for request, sampled in zip(order, sample, strict=True):
             request.num_in_flight += sampled
-        self._launched.append((rows.step, [r for r, sampled in zip(order, sample, strict=True) if sampled]))
+        sampling = [request for request, sampled in zip(order, sample, strict=True) if sampled]
+        self._launched.append(_Launched(rows.step, sampling, [request for request in order if request in rows.scored]))
         return StepPlan(
             step=rows.step,
             new=rows.new,
@@ -318,9 +343,11 @@ class Scheduler:
         self._release(request)
         self._enqueue(request)
 
-    def _end(self, request: Request, reason: int, token: int | None = None) -> None:
+    def _end(
+        self, request: Request, reason: int, token: int | None = None, logprobs: TokenLogprobs | None = None
+    ) -> None:
         self._drop(request)
-        self.outputs.append(Output(request.id, token, reason, request.receipt(self._clock())))
+        self.outputs.append(Output(request.id, token, reason, request.receipt(self._clock()), logprobs))
 
     def _drop(self, request: Request) -> None:
         if request.state is State.RUNNING:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import msgspec
 import zmq
 
-from radix_backend.protocol import Message, Receipt, Refused, Update, column
+from radix_backend.protocol import Logprob, Message, Receipt, Refused, Update, column
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ class Doors:
 class Rows:
     """Collects one `Update`."""
 
-    __slots__ = ("counts", "finish", "ids", "receipts", "texts", "tokens")
+    __slots__ = ("counts", "finish", "ids", "logprobs", "receipts", "texts", "tokens")
 
     def __init__(self) -> None:
         self.ids: list[int] = []
@@ -137,9 +137,21 @@ class Rows:
         self.tokens: list[int] = []
         self.texts: list[str] = []
         self.receipts: list[Receipt] = []
+        self.logprobs: list[list[list[Logprob]]] = []
 
-    def add(self, id: int, tokens: list[int], text: str, finish: int, receipt: Receipt | None) -> None:
-        """A row of one request; ``receipt`` exactly when it finishes."""
+    def add(
+        self,
+        id: int,
+        tokens: list[int],
+        text: str,
+        finish: int,
+        receipt: Receipt | None,
+        logprobs: list[list[Logprob]] | None = None,
+    ) -> None:
+        """A row of one request; ``receipt`` exactly when it finishes, ``logprobs`` where they are wanted."""
+        if logprobs:
+            self.logprobs += [[]] * (len(self.ids) - len(self.logprobs))
+            self.logprobs.append(logprobs)
         self.ids.append(id)
         self.counts.append(len(tokens))
         self.finish.append(finish)
@@ -156,4 +168,5 @@ class Rows:
             tokens=column(self.tokens, "<i4"),
             texts=self.texts,
             receipts=self.receipts,
+            logprobs=self.logprobs + [[]] * (len(self.ids) - len(self.logprobs)) if self.logprobs else [],
         )

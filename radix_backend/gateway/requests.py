@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -12,7 +13,19 @@ from radix_backend.errors import InvalidArgument
 from radix_backend.gateway.doors import Door
 from radix_backend.gateway.stop import StopMatcher
 from radix_backend.gateway.text import Detokenizer, TextCodec
-from radix_backend.protocol import LENGTH, RUNNING, STOP, Admit, ModelInfo, Receipt, Submit, array
+from radix_backend.protocol import (
+    LENGTH,
+    RUNNING,
+    STOP,
+    Admit,
+    Logprob,
+    ModelInfo,
+    Receipt,
+    Submit,
+    TokenLogprobs,
+    array,
+)
+from radix_backend.sampling_params import SamplingParams
 from radix_backend.validation import show
 
 Ids = npt.NDArray[np.int32]
@@ -23,9 +36,13 @@ _INT64 = range(-(2**63), 2**63)
 class Row(NamedTuple):
     """What some tokens of a request come to."""
 
-    kept: int  # leading tokens; those after the one that completed a stop string are cut
-    text: str  # released by them
+    texts: list[str]  # released by each token that is kept; those after the one that completed a stop string are cut
+    rest: str  # released by the end of the text, with no token here
     finish: int
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts) + self.rest
 
 
 class Request:
@@ -53,7 +70,7 @@ class Request:
         self.admitted = False  # the engine knows it
         self.stopping = False  # ended by a stop string; the engine's receipt is awaited
         params = submit.params
-        self._detokenizer: Detokenizer = codec.detokenizer()
+        self._detokenizer: Detokenizer = codec.detokenizer(params.skip_special_tokens)
         self._matcher = StopMatcher(params.stop, params.include_stop_str_in_output) if params.stop else None
         self._min_tokens = params.min_tokens
         self._include_stop = params.include_stop_str_in_output
@@ -66,23 +83,26 @@ class Request:
         request that the engine thinks RUNNING makes it `stopping`; its end is told when the engine's receipt comes.
         """
         if self.stopping:
-            return Row(0, "", STOP) if finish != RUNNING else None
-        text = ""
+            return Row([], "", STOP) if finish != RUNNING else None
+        texts = []
         spoken = len(tokens) - 1 if finish == STOP and not self._include_stop else len(tokens)
         for n, token in enumerate(tokens):
             self.num_tokens += 1
-            if n < spoken:
-                text += self._release(self._detokenizer.push(token))
-                if self._matcher is not None and self._matcher.stopped:
-                    self.stopping = finish == RUNNING
-                    return Row(n + 1, self._unseen(text), RUNNING if self.stopping else STOP)
-        if finish != RUNNING:
-            text += self._release(self._detokenizer.flush())
-            if self._matcher is not None:
-                text += self._matcher.flush()
-                if self._matcher.stopped:
-                    finish = STOP
-        return Row(len(tokens), self._unseen(text), finish)
+            texts.append(self._release(self._detokenizer.push(token)) if n < spoken else "")
+            if self._matcher is not None and self._matcher.stopped:
+                self.stopping = finish == RUNNING
+                return Row(texts, "", RUNNING if self.stopping else STOP)
+        if finish == RUNNING:
+            return Row(texts, "", RUNNING)
+        rest = self._release(self._detokenizer.flush())
+        if self._matcher is not None:
+            rest += self._unseen(self._matcher.flush())
+            if self._matcher.stopped:
+                finish = STOP
+        if texts:  # what the end releases is the last token's
+            texts[-1] += rest
+            rest = ""
+        return Row(texts, rest, finish)
 
     def replay(self, admit: Admit) -> Row:
         """Take the outputs of a request that goes on. Its row has text only where the door has not had it all yet.
@@ -97,12 +117,12 @@ class Request:
             finish = LENGTH
         row = self.advance(outputs, finish)
         assert row is not None
-        return Row(0, row.text, STOP if self.stopping else row.finish)
+        return Row([], row.text, STOP if self.stopping else row.finish)
 
     def _release(self, piece: str) -> str:
-        if self._matcher is None or not piece:
-            return piece
-        return self._matcher.push(piece, honoured=self.num_tokens > self._min_tokens)
+        if self._matcher is not None and piece:
+            piece = self._matcher.push(piece, honoured=self.num_tokens > self._min_tokens)
+        return self._unseen(piece)
 
     def _unseen(self, text: str) -> str:
         """``text`` without what the door delivered before the request was submitted again."""
@@ -122,19 +142,26 @@ def check(submit: Submit, model: ModelInfo) -> None:
         raise InvalidArgument(f"exactly one of 'text_input' and 'input_ids' is accepted; {given} given")
     if submit.params.seed is None:
         raise InvalidArgument("sampling parameter 'seed' is None; accepted: one that the client drew")
+    if submit.params.n != 1:
+        raise InvalidArgument(f"sampling parameter 'n' is {submit.params.n}; accepted: 1 a request, the client's part")
     if submit.emitted_chars < 0:
         raise InvalidArgument(f"'emitted_chars' is {submit.emitted_chars}; accepted: 0 or more")
     for name, data in (("input_ids", submit.input_ids), ("output_ids", submit.output_ids)):
         _check_ids(name, data, model)
-    for token in submit.params.stop_token_ids:
-        if not 0 <= token < model.vocab_size:
-            accepted = f"token ids from 0 to {model.vocab_size - 1}"
-            raise InvalidArgument(f"sampling parameter 'stop_token_ids' holds {token}; accepted: {accepted}")
+    for name, tokens in (
+        ("stop_token_ids", submit.params.stop_token_ids),
+        ("logit_bias", submit.params.logit_bias),
+    ):
+        for token in tokens:
+            if not 0 <= token < model.vocab_size:
+                accepted = f"token ids from 0 to {model.vocab_size - 1}"
+                raise InvalidArgument(f"sampling parameter {name!r} holds {token}; accepted: {accepted}")
 
 
-def to_admit(id: int, submit: Submit, prompt: Ids, model: ModelInfo) -> Admit:
+def to_admit(id: int, submit: Submit, prompt: Ids, model: ModelInfo, codec: TextCodec) -> Admit:
     """``submit`` in the engine's terms. Raises InvalidArgument when the prompt is empty or too long."""
     name = "input_ids" if submit.text is None else "text_input"
+    prompt = _truncate(prompt, submit.params, model)
     room = model.context_len - len(prompt)
     if not len(prompt) or room < 1:
         accepted = f"1 to {model.context_len - 1} (the context of {model.context_len}, less one to generate)"
@@ -158,7 +185,32 @@ def to_admit(id: int, submit: Submit, prompt: Ids, model: ModelInfo) -> Admit:
         stop_token_ids=sorted(stop_token_ids),
         priority=submit.priority,
         output_ids=submit.output_ids,
+        bad_words=[ids for word in params.bad_words for ids in codec.spellings(word)],
     )
+
+
+def _truncate(prompt: Ids, params: SamplingParams, model: ModelInfo) -> Ids:
+    count = params.truncate_prompt_tokens
+    if count is None:
+        return prompt
+    if count < 0:
+        count = max(model.context_len - params.max_tokens, 1)
+    return prompt[-count:]
+
+
+def logprob_rows(scores: Sequence[TokenLogprobs], codec: TextCodec, texts: Sequence[str] = ()) -> list[list[Logprob]]:
+    """For each token itself, then the likeliest. ``texts`` are what the tokens released, if they were generated."""
+    rows = []
+    for n, token in enumerate(scores):
+        ids, values = array(token.token_ids, "<i4").tolist(), array(token.logprobs, "<f4").tolist()
+        row = [Logprob(ids[0], values[0], token.rank, texts[n] if texts else codec.token_text(ids[0]))]
+        rank = 1
+        for i in range(1, len(ids)):
+            if values[i] < values[i - 1] or i == 1:
+                rank = i
+            row.append(Logprob(ids[i], values[i], rank, codec.token_text(ids[i])))
+        rows.append(row)
+    return rows
 
 
 def replayed_receipt(request: Request, admit: Admit) -> Receipt:

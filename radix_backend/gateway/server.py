@@ -17,7 +17,7 @@ from radix_backend.errors import InvalidArgument, RadixError, from_code
 from radix_backend.gateway.chat import ChatTemplate
 from radix_backend.gateway.doors import Door, Doors, Rows
 from radix_backend.gateway.offload import Offload
-from radix_backend.gateway.requests import Request, check, replayed_receipt, to_admit
+from radix_backend.gateway.requests import Request, check, logprob_rows, replayed_receipt, to_admit
 from radix_backend.gateway.text import TextCodec
 from radix_backend.process import Reporter
 from radix_backend.protocol import (
@@ -35,6 +35,8 @@ from radix_backend.protocol import (
     Hello,
     Message,
     ModelInfo,
+    PromptLogprobs,
+    PromptScores,
     Rejected,
     RenderChat,
     Reply,
@@ -207,7 +209,7 @@ class Gateway:
         if request.id not in self._requests:
             return  # it was aborted while it was tokenized
         try:
-            admit = to_admit(request.id, submit, prompt, self._model)
+            admit = to_admit(request.id, submit, prompt, self._model, self._codec)
         except InvalidArgument as error:
             self._refuse(request, error)
             return
@@ -228,6 +230,7 @@ class Gateway:
         ids, counts, finishes = array(step.ids, "<i8"), array(step.counts, "<i4"), array(step.finish, "u1")
         tokens: list[int] = array(step.tokens, "<i4").tolist()
         receipts = iter(step.receipts)
+        logprobs = step.logprobs
         end = 0
         updates: dict[Door, Rows] = {}
         stopped = []
@@ -250,11 +253,19 @@ class Gateway:
             rows = updates.get(request.door)
             if rows is None:
                 rows = updates[request.door] = Rows()
-            rows.add(request.client_id, tokens[start : start + row.kept], row.text, row.finish, receipt)
+            kept = start + len(row.texts)
+            scores = [score for score in logprobs[start:kept] if score is not None]
+            theirs = logprob_rows(scores, self._codec, row.texts) if scores else None
+            rows.add(request.client_id, tokens[start:kept], row.text, row.finish, receipt, theirs)
         if stopped:
             self._to_engine(Finish(stopped, STOP))
         for door, rows in updates.items():
             self._doors.send(door, rows.update())
+
+    def _on_prompt_scores(self, scores: PromptScores) -> None:
+        if request := self._requests.get(scores.id):
+            tokens = logprob_rows(scores.tokens, self._codec)
+            self._doors.send(request.door, PromptLogprobs(request.client_id, tokens))
 
     def _abort(self, requests: list[Request]) -> None:
         """End requests of which nobody wants to hear any more."""
@@ -323,6 +334,8 @@ class Gateway:
             message = self._from_engine.decode(data)
             if isinstance(message, Step):
                 self._on_step(message)
+            elif isinstance(message, PromptScores):
+                self._on_prompt_scores(message)
             elif isinstance(message, EngineReply):
                 door, call = self._calls.pop(message.call)
                 self._doors.send(door, Reply(call, message.value))

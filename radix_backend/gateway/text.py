@@ -47,7 +47,10 @@ class TextCodec:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._bos_id = self._missing_bos(read_json(model_dir / "tokenizer_config.json") or {})
-        self._new_detokenizer = self._choose_detokenizer(_decoder_types(json.loads(source).get("decoder")), path)
+        self._anchor = self._find_anchor()
+        decoders = _decoder_types(json.loads(source).get("decoder"))
+        self._detokenizers = {skip: self._choose_detokenizer(decoders, path, skip) for skip in (True, False)}
+        self._token_texts: dict[int, str] = {}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> npt.NDArray[np.int32]:
         """Token ids, "<i4". Special tokens written out in ``text`` become their ids, as in transformers.
@@ -64,17 +67,37 @@ class TextCodec:
             ids = np.concatenate([np.array([self._bos_id], dtype="<i4"), ids])
         return ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ``ids`` without special tokens."""
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of ``ids``."""
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
         return text
 
-    def detokenizer(self) -> Detokenizer:
+    def detokenizer(self, skip_special_tokens: bool = True) -> Detokenizer:
         """A decoder for one new stream."""
-        return self._new_detokenizer()
+        return self._detokenizers[skip_special_tokens]()
 
-    def _choose_detokenizer(self, decoders: set[str], path: Path) -> Callable[[], Detokenizer]:
-        pieces = _pieces(self._tokenizer)
+    def token_text(self, token: int) -> str:
+        """The text of a token, special or not, in the middle of others; of part of a character U+FFFD."""
+        text = self._token_texts.get(token)
+        if text is None:
+            anchor, anchor_text = self._anchor
+            text = self.decode([anchor, token], skip_special_tokens=False)[len(anchor_text) :]
+            self._token_texts[token] = text
+        return text
+
+    def spellings(self, word: str) -> list[list[int]]:
+        """The ways to write ``word`` in tokens: at the start of a text and after a space."""
+        found = []
+        for text in (word.lstrip() or word, " " + word.lstrip()):
+            ids = self.encode(text, add_special_tokens=False).tolist()
+            if ids and ids not in found:
+                found.append(ids)
+        return found
+
+    def _choose_detokenizer(
+        self, decoders: set[str], path: Path, skip_special_tokens: bool
+    ) -> Callable[[], Detokenizer]:
+        pieces = _pieces(self._tokenizer, skip_special_tokens)
         if decoders <= {"ByteLevel", "Fuse"}:
             return partial(_ByteDetokenizer, [_to_bytes(piece) for piece in pieces])
         if not decoders <= _PIECE_DECODERS:
@@ -84,8 +107,17 @@ class TextCodec:
         byte_values = {}
         if "ByteFallback" in decoders:
             byte_values = {token: int(piece[3:5], 16) for token, piece in spoken.items() if _BYTE.fullmatch(piece)}
-        anchor = next(token for token in spoken if token not in byte_values and self.decode([token]))
-        return partial(_PieceDetokenizer, self.decode, frozenset(spoken), byte_values, anchor)
+        decode = partial(self.decode, skip_special_tokens=skip_special_tokens)
+        return partial(_PieceDetokenizer, decode, frozenset(spoken), byte_values, self._anchor)
+
+    def _find_anchor(self) -> tuple[int, str]:
+        """A token that is text and no byte, with its text. (Behind it others are decoded as in the middle of a text.)"""
+        for token, piece in enumerate(_pieces(self._tokenizer, skip_special_tokens=True)):
+            if piece is not None and not _BYTE.fullmatch(piece):
+                text = self.decode([token])
+                if text and "\ufffd" not in text:
+                    return token, text
+        raise InvalidArgument("the tokenizer has no token that is text")
 
     def _missing_bos(self, config: dict[str, Any]) -> int | None:
         """Older checkpoints ask for a BOS in tokenizer_config.json and leave it out of tokenizer.json."""
@@ -127,14 +159,14 @@ class _PieceDetokenizer:
         decode: Callable[[Sequence[int]], str],
         spoken: frozenset[int],
         byte_values: dict[int, int],
-        anchor: int,
+        anchor: tuple[int, str],
     ) -> None:
         """``spoken``: tokens that have text. ``byte_values``: those that are bytes. ``anchor``: one that is not."""
         self._decode = decode
         self._spoken = spoken
         self._byte_values = byte_values
-        self._anchor = anchor
-        self._anchor_chars = len(decode([anchor]))
+        self._anchor, text = anchor
+        self._anchor_chars = len(text)
         self._open: list[int] = []
         self._open_bytes = bytearray()
         self._start = True
@@ -164,9 +196,11 @@ class _PieceDetokenizer:
         return text
 
 
-def _pieces(tokenizer: Tokenizer) -> list[str | None]:
-    """What the decoder gets for each token id; None where it gets nothing: special tokens, gaps in the vocabulary."""
-    special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+def _pieces(tokenizer: Tokenizer, skip_special_tokens: bool) -> list[str | None]:
+    """What the decoder gets for each token id; None where it gets nothing: skipped tokens, gaps in the vocabulary."""
+    special = set()
+    if skip_special_tokens:
+        special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
     size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
     pieces = [tokenizer.id_to_token(token) for token in range(size)]
     return [None if piece in special else piece for piece in pieces]

@@ -19,6 +19,14 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q, k, v) →
 
 
 @dataclass(frozen=True)
+class Hidden:
+    """What the layers made of a step's tokens: the residual stream and the last layer's part, not yet added to it."""
+
+    residual: Tensor  # [tokens, hidden] f32
+    delta: Tensor  # [tokens, hidden]
+
+
+@dataclass(frozen=True)
 class _Layer:
     input_norm: Tensor
     qkv: Linear
@@ -58,11 +66,8 @@ class Decoder:
         self._cos_sin = cos_sin_table(config.rope, config.head_dim, context_len)
         progress(1.0)
 
-    def forward(self, token_ids: Tensor, positions: Tensor, sampled: Tensor, attend: Attend) -> Tensor:
-        """Logits [rows, vocabulary] of the tokens whose indices are ``sampled`` [rows].
-
-        ``token_ids`` and ``positions`` are [tokens] int32; ``attend`` writes a layer's KV and attends.
-        """
+    def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Hidden:
+        """``token_ids`` and ``positions`` are [tokens] int32; ``attend`` writes a layer's KV and attends."""
         ops, eps = self._ops, self.config.rms_norm_eps
         # The residual stream is f32: rounding it in bf16 would cost more accuracy than all products together.
         residual, delta = F.embedding(token_ids, self._embedding).float(), None
@@ -71,10 +76,15 @@ class Decoder:
             delta = layer.output(attend(index, *self._qkv(layer, x, positions)))
             x = ops.add_rms_norm(residual, delta, layer.mlp_norm, eps)
             delta = layer.down(ops.silu_mul(layer.gate_up(x)))
-        if not len(sampled):
-            return residual.new_empty(0, self.config.vocab_size)
         assert delta is not None
-        return self._head(ops.add_rms_norm(residual[sampled], delta[sampled], self._norm, eps))
+        return Hidden(residual, delta)
+
+    def logits(self, hidden: Hidden, rows: Tensor) -> Tensor:
+        """[rows, vocabulary] of the tokens that follow those whose indices are ``rows`` [rows] int64."""
+        if not len(rows):
+            return hidden.residual.new_empty(0, self.config.vocab_size)
+        eps = self.config.rms_norm_eps
+        return self._head(self._ops.add_rms_norm(hidden.residual[rows], hidden.delta[rows], self._norm, eps))
 
     def _qkv(self, layer: _Layer, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [tokens, heads, head_dim], views of one buffer, normed and rotated."""

@@ -11,8 +11,20 @@ from torch import Tensor
 
 from radix_backend.attention.base import AttentionStep, DecodeRows, PrefillChunk
 from radix_backend.sampling.base import SamplingRows
+from radix_backend.sampling.logits_rules import LogitsRules
 from radix_backend.sampling.noise import row_keys
 from radix_backend.worker.interface import NewRequest, StepPlan
+
+_NONE = -1  # no log probabilities wanted
+
+
+@dataclass(frozen=True)
+class ScoredSpan:
+    """Consecutive prompt tokens of one row whose successors, prompt tokens too, are to be scored."""
+
+    tokens: range  # their indices in the step
+    successors: Tensor  # [tokens] int64
+    count: int  # of the likeliest tokens to report for each
 
 
 @dataclass(frozen=True)
@@ -25,6 +37,7 @@ class StepInput:
     sampled: Tensor  # [sampling rows] int64: index of the token whose logits are sampled
     sample_slots: npt.NDArray[np.int32]  # [sampling rows]
     sample_positions: npt.NDArray[np.int64]  # [sampling rows]: of the token that is sampled
+    scored: list[ScoredSpan]
 
 
 class BatchState:
@@ -40,13 +53,15 @@ class BatchState:
         self.page_table = torch.zeros(max_bs, -(-(context_len + 1) // page_size), dtype=torch.int32)
         self._num_computed = np.zeros(max_bs, np.int64)
         self._prompt_len = np.zeros(max_bs, np.int64)
-        self._min_tokens = np.zeros(max_bs, np.int64)
         self._seeds = np.zeros(max_bs, np.int64)
         self._temperature = np.zeros(max_bs, np.float32)
         self._top_k = np.zeros(max_bs, np.int32)
         self._top_p = np.ones(max_bs, np.float32)
         self._min_p = np.zeros(max_bs, np.float32)
-        self._stop_token_ids: list[Tensor] = [torch.empty(0, dtype=torch.int64)] * max_bs
+        self._rules: list[LogitsRules | None] = [None] * max_bs
+        self._logprobs = np.full(max_bs, _NONE)
+        self._prompt_logprobs = np.full(max_bs, _NONE)
+        self._num_scored = np.zeros(max_bs, np.int64)
 
     def apply(self, plan: StepPlan) -> StepInput:
         """Take the plan's deltas and advance its rows."""
@@ -58,17 +73,20 @@ class BatchState:
         return self._advance(plan)
 
     def _enter(self, request: NewRequest) -> None:
-        slot = request.slot
+        slot, params = request.slot, request.params
         self.token_ids[slot, : len(request.token_ids)] = torch.tensor(request.token_ids, dtype=torch.int32)
         self._num_computed[slot] = request.num_computed
         self._prompt_len[slot] = request.prompt_len
-        self._min_tokens[slot] = request.min_tokens
-        self._seeds[slot] = request.seed
-        self._temperature[slot] = request.temperature
-        self._top_k[slot] = request.top_k
-        self._top_p[slot] = request.top_p
-        self._min_p[slot] = request.min_p
-        self._stop_token_ids[slot] = torch.tensor(request.stop_token_ids, dtype=torch.int64)
+        self._seeds[slot] = params.seed or 0
+        self._temperature[slot] = params.temperature
+        self._top_k[slot] = max(params.top_k, 0)
+        self._top_p[slot] = params.top_p
+        self._min_p[slot] = params.min_p
+        rules = LogitsRules(params, request.stop_token_ids, request.bad_words)
+        self._rules[slot] = rules if rules.shifts or rules.excludes else None
+        self._logprobs[slot] = _NONE if params.logprobs is None else params.logprobs
+        self._prompt_logprobs[slot] = _NONE if params.prompt_logprobs is None else params.prompt_logprobs
+        self._num_scored[slot] = max(request.num_scored, 1)
 
     def _advance(self, plan: StepPlan) -> StepInput:
         slots, counts = plan.slots, plan.num_tokens
@@ -88,7 +106,23 @@ class BatchState:
             sampled=torch.from_numpy(ends[plan.sample] - 1),
             sample_slots=sample_slots,
             sample_positions=self._num_computed[sample_slots],
+            scored=self._scored_spans(plan, cached, ends),
         )
+
+    def _scored_spans(
+        self, plan: StepPlan, cached: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]
+    ) -> list[ScoredSpan]:
+        spans = []
+        for row in np.flatnonzero(self._prompt_logprobs[plan.slots] != _NONE).tolist():
+            slot = int(plan.slots[row])
+            after = int(cached[row]) + int(plan.num_tokens[row])
+            first = max(int(cached[row]) + 1, int(self._num_scored[slot]))
+            last = min(after + 1, int(self._prompt_len[slot]))
+            if first < last:
+                end = int(ends[row]) - (after + 1 - last)
+                successors = self.token_ids[slot, first:last].long()
+                spans.append(ScoredSpan(range(end - len(successors), end), successors, int(self._prompt_logprobs[slot])))
+        return spans
 
     def sampling_rows(self, step: StepInput) -> SamplingRows:
         slots = step.sample_slots
@@ -100,11 +134,20 @@ class BatchState:
             keys=row_keys(self._seeds[slots], step.sample_positions),
         )
 
-    def mask_stops(self, step: StepInput, logits: Tensor) -> None:
-        """Exclude the stop tokens of rows that have not generated ``min_tokens`` yet."""
-        num_outputs = step.sample_positions - self._prompt_len[step.sample_slots]
-        for row in np.flatnonzero(num_outputs < self._min_tokens[step.sample_slots]).tolist():
-            logits[row, self._stop_token_ids[step.sample_slots[row]]] = -torch.inf
+    def logprob_counts(self, step: StepInput) -> list[int]:
+        """[sampling rows] how many of the likeliest tokens to report beside the sampled one; negative: nothing."""
+        counts: list[int] = self._logprobs[step.sample_slots].tolist()
+        return counts
+
+    def apply_rules(self, step: StepInput, logits: Tensor) -> Tensor:
+        """Apply each row's `LogitsRules`. Returns ``logits``, in f32 if bf16 would round what they change."""
+        ruled = [(row, slot, self._rules[slot]) for row, slot in enumerate(step.sample_slots.tolist())]
+        active = [(row, slot, rules) for row, slot, rules in ruled if rules is not None]
+        if any(rules.shifts for _, _, rules in active):
+            logits = logits.float()
+        for row, slot, rules in active:
+            rules.apply(logits[row], self.token_ids[slot, : step.sample_positions[row]], int(self._prompt_len[slot]))
+        return logits
 
     def append(self, step: StepInput, tokens: Tensor) -> None:
         """Put the sampled ``tokens`` [sampling rows] where the next step reads them."""

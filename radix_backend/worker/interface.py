@@ -12,6 +12,9 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from radix_backend.protocol import TokenLogprobs
+from radix_backend.sampling_params import SamplingParams
+
 Ints = npt.NDArray[np.int32]
 
 
@@ -23,13 +26,10 @@ class NewRequest:
     token_ids: Ints  # prompt, then the outputs generated so far
     prompt_len: int  # where the outputs start
     num_computed: int  # leading tokens whose KV is already in the pages it was given
-    temperature: float
-    top_k: int  # 0: no limit
-    top_p: float
-    min_p: float
-    seed: int  # 63 bits
-    min_tokens: int
-    stop_token_ids: tuple[int, ...]  # not sampled before `min_tokens` outputs
+    params: SamplingParams  # without a seed: 0
+    stop_token_ids: tuple[int, ...] = ()  # not sampled before `min_tokens` outputs
+    bad_words: tuple[tuple[int, ...], ...] = ()  # never completed by an output
+    num_scored: int = 0  # leading prompt tokens that need no log probabilities any more; the first never does
 
 
 def _empty() -> Ints:
@@ -61,6 +61,9 @@ class StepPlan:
 class StepResult:
     step: int
     tokens: Ints  # one a row with `sample`, in row order
+    logprobs: list[TokenLogprobs | None] = field(default_factory=list)  # of `tokens`; empty where nobody wants any
+    # One list a row that computed prompt tokens whose successors are to be scored, in row order: of those successors.
+    prompt_logprobs: list[list[TokenLogprobs]] = field(default_factory=list)
 
 
 class Worker(Protocol):

@@ -19,10 +19,13 @@ from radix_backend.config import EngineConfig
 from radix_backend.layers.ops import cpu_ops
 from radix_backend.loading import ModelConfig, effective_context_len, read_model_config
 from radix_backend.loading.checkpoint import Checkpoint
-from radix_backend.models.decoder import Decoder
+from radix_backend.models.decoder import Decoder, Hidden
 from radix_backend.process import Reporter
+from radix_backend.protocol import TokenLogprobs
 from radix_backend.sampling import cpu_sampler
-from radix_backend.worker.batch_state import BatchState, StepInput
+from radix_backend.sampling.logprobs import token_logprobs
+from radix_backend.sampling_params import SamplingParams
+from radix_backend.worker.batch_state import BatchState, ScoredSpan, StepInput
 from radix_backend.worker.host import available_cpus
 from radix_backend.worker.interface import Ints, NewRequest, StepPlan, StepResult
 from radix_backend.worker.memory import plan_pages
@@ -32,6 +35,8 @@ log = logging.getLogger(__name__)
 # The engine's Python shares the interpreter with the worker thread, which asks for the GIL again after each of some
 # hundred operations a step. The default of 5 ms would let one millisecond of scheduling stall every one of them.
 _SWITCH_INTERVAL = 50e-6  # seconds
+
+_SCORED_ROWS = 64  # prompt tokens whose logits are computed at once: 39 MB in f32 for the largest vocabularies
 
 
 class Runner:
@@ -101,7 +106,8 @@ class Runner:
         self._state = BatchState(config.max_bs, context_len, config.page_size)
         pool = KVPool(model, self.num_pages, config.page_size, dtype)
         self._attention = TorchNative(pool, compile_decode(pool, model.num_heads))
-        self._sampler = cpu_sampler(dtype)
+        # Logits that a request's rules have shifted are f32.
+        self._samplers = {kind: cpu_sampler(kind) for kind in {dtype, torch.float32}}
         self._reporter.phase("warming up")
 
     def _execute(self, plan: StepPlan) -> StepResult:
@@ -112,21 +118,39 @@ class Runner:
             self._reporter.progress()  # a step of a large model takes seconds
             return self._attention.attend(attention, layer, q, k, v)
 
-        logits = self._model.forward(step.token_ids, step.positions, step.sampled, attend)
-        return StepResult(plan.step, self._sample(step, logits))
+        hidden = self._model.forward(step.token_ids, step.positions, attend)
+        tokens, logprobs = self._sample(step, self._model.logits(hidden, step.sampled))
+        return StepResult(plan.step, tokens, logprobs, [self._score(hidden, span) for span in step.scored])
 
-    def _sample(self, step: StepInput, logits: torch.Tensor) -> Ints:
+    def _sample(self, step: StepInput, logits: torch.Tensor) -> tuple[Ints, list[TokenLogprobs | None]]:
         if not len(step.sampled):
-            return np.empty(0, np.int32)
-        self._state.mask_stops(step, logits)
-        tokens = self._sampler(logits, self._state.sampling_rows(step))
+            return np.empty(0, np.int32), []
+        counts = self._state.logprob_counts(step)
+        reported = [row for row, count in enumerate(counts) if count >= 0]
+        logprobs = torch.log_softmax(logits[reported].float(), dim=-1) if reported else None
+        logits = self._state.apply_rules(step, logits)
+        tokens = self._samplers[logits.dtype](logits, self._state.sampling_rows(step))
         self._state.append(step, tokens)
         sampled: Ints = tokens.numpy().astype(np.int32)
-        return sampled
+        if logprobs is None:
+            return sampled, []
+        theirs = token_logprobs(logprobs, tokens[reported], [counts[row] for row in reported])
+        by_row = dict(zip(reported, theirs, strict=True))
+        return sampled, [by_row.get(row) for row in range(len(counts))]
+
+    def _score(self, hidden: Hidden, span: ScoredSpan) -> list[TokenLogprobs]:
+        """In slices, so that the logits of a long prompt are never in memory at once."""
+        scores: list[TokenLogprobs] = []
+        for start in range(0, len(span.tokens), _SCORED_ROWS):
+            rows = torch.tensor(span.tokens[start : start + _SCORED_ROWS])
+            logprobs = torch.log_softmax(self._model.logits(hidden, rows).float(), dim=-1)
+            scores += token_logprobs(logprobs, span.successors[start : start + _SCORED_ROWS], [span.count] * len(rows))
+        return scores
 
     def _warm_up(self, page_size: int) -> None:
         """Allocate what the first steps would otherwise wait for. The page written to is still free."""
-        first = NewRequest(0, np.zeros(1, np.int32), 1, 0, 1.0, 2, 0.5, 0.1, seed=0, min_tokens=0, stop_token_ids=())
+        params = SamplingParams(top_k=2, top_p=0.5, min_p=0.1, seed=0)
+        first = NewRequest(0, np.zeros(1, np.int32), 1, 0, params)
         slot, one, every = np.zeros(1, np.int32), np.ones(1, np.int32), np.ones(1, np.bool_)
         index = np.arange(-(-2 // page_size), dtype=np.int32)
         pages = np.zeros_like(index)

@@ -23,7 +23,8 @@ def logits(directory, token_ids, dtype=torch.float32, sampled=None, ops=None):
     with torch.inference_mode():
         model = Decoder(config, Checkpoint(directory), dtype, context_len=256, ops=ops or TorchOps())
         sampled = torch.arange(len(token_ids)) if sampled is None else sampled
-        return model.forward(torch.tensor(token_ids), torch.arange(len(token_ids), dtype=torch.int32), sampled, attend)
+        positions = torch.arange(len(token_ids), dtype=torch.int32)
+        return model.logits(model.forward(torch.tensor(token_ids), positions, attend), sampled)
 
 
 @pytest.mark.parametrize("ops", [TorchOps(), CompiledOps(torch.float32)], ids=["torch", "compiled"])

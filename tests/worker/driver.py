@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from radix_backend.protocol import TokenLogprobs
+from radix_backend.sampling_params import SamplingParams
 from radix_backend.worker.interface import NewRequest, StepPlan, Worker
 
 
@@ -20,6 +22,7 @@ class Row:
     computed: int = 0
     prompt_len: int = 0
     outputs: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
 
 
 class Driver:
@@ -32,6 +35,7 @@ class Driver:
         self._plan = StepPlan(0)
         self._pages: list[tuple[int, int, int]] = []
         self._sent: dict[int, int] = {}
+        self.prompt_logprobs: list[list[TokenLogprobs]] = []  # of all settled steps
 
     def new(
         self, slot: int, tokens: list[int], *, pages: list[int] | None = None, prompt_len: int | None = None, **sampling
@@ -39,9 +43,9 @@ class Driver:
         """A request whose first ``len(pages)`` pages are there already."""
         row = Row(slot, list(tokens), list(pages or []), len(pages or []) * self.page_size)
         row.prompt_len = len(tokens) if prompt_len is None else prompt_len
-        settings = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0, "min_tokens": 0}
-        settings |= {"stop_token_ids": (), **sampling}
-        new = NewRequest(slot, np.array(tokens, np.int32), row.prompt_len, row.computed, **settings)
+        described = {name: sampling.pop(name) for name in ("stop_token_ids", "bad_words", "num_scored") if name in sampling}
+        params = SamplingParams(**{"temperature": 0.0, "seed": 0, "max_tokens": 1000, **sampling})
+        new = NewRequest(slot, np.array(tokens, np.int32), row.prompt_len, row.computed, params, **described)
         self._plan.new.append(new)
         self._sent[slot] = 0
         return row
@@ -86,9 +90,12 @@ class Driver:
     def settle(self, sampling: list[Row]) -> None:
         result = self.worker.settle()
         assert len(result.tokens) == len(sampling)
-        for row, token in zip(sampling, result.tokens.tolist(), strict=True):
+        for n, (row, token) in enumerate(zip(sampling, result.tokens.tolist(), strict=True)):
             row.outputs.append(token)
             row.tokens.append(token)
+            if result.logprobs and (logprobs := result.logprobs[n]) is not None:
+                row.logprobs.append(logprobs)
+        self.prompt_logprobs += result.prompt_logprobs
 
     def step(self, *rows: tuple[Row, int]) -> None:
         self.settle(self.launch(*rows))

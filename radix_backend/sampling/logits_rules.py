@@ -1,0 +1,57 @@
+"""What a request changes in the logits before it samples: biases, penalties, and tokens that are not allowed now.
+
+The order and the formulas are vLLM's: bias, exclusions, repetition penalty (Keskar et al., "CTRL", 2019), then
+frequency and presence penalties (as in OpenAI's API).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from radix_backend.sampling_params import MAX_BIAS, SamplingParams
+
+
+class LogitsRules:
+    """The rules of one request."""
+
+    def __init__(
+        self, params: SamplingParams, stop_token_ids: Sequence[int], bad_words: Sequence[Sequence[int]]
+    ) -> None:
+        self._bias = {token: min(max(bias, -MAX_BIAS), MAX_BIAS) for token, bias in params.logit_bias.items()}
+        self._bias_ids = torch.tensor(list(self._bias), dtype=torch.int64)
+        self._biases = torch.tensor(list(self._bias.values()), dtype=torch.float32)
+        self._bad_words = [tuple(word) for word in bad_words]
+        self._min_tokens = params.min_tokens
+        self._stops = torch.tensor(list(stop_token_ids), dtype=torch.int64)
+        self._repetition = params.repetition_penalty
+        self._presence, self._frequency = params.presence_penalty, params.frequency_penalty
+        # Whether logits change by amounts that bf16 would round away; otherwise tokens are only excluded.
+        self.shifts = bool(self._bias or self._presence or self._frequency or self._repetition != 1)
+        self.excludes = bool(self._bad_words or (self._min_tokens and len(self._stops)))
+
+    def apply(self, logits: Tensor, tokens: Tensor, prompt_len: int) -> None:
+        """Change ``logits`` [vocabulary], f32 if this `shifts`, of the token after ``tokens`` [prompt, then outputs]."""
+        outputs = tokens[prompt_len:]
+        if self._bias:
+            logits[self._bias_ids] += self._biases
+        if len(outputs) < self._min_tokens:
+            logits[self._stops] = -torch.inf
+        if self._bad_words:
+            self._exclude_bad_words(logits, outputs)
+        if self._repetition != 1:
+            seen = tokens.unique().long()
+            theirs = logits[seen]
+            logits[seen] = torch.where(theirs > 0, theirs / self._repetition, theirs * self._repetition)
+        if self._presence or self._frequency:
+            generated, counts = outputs.unique(return_counts=True)
+            logits[generated.long()] -= self._frequency * counts.float() + self._presence
+
+    def _exclude_bad_words(self, logits: Tensor, outputs: Tensor) -> None:
+        longest = max(len(word) for word in self._bad_words)
+        recent = tuple(outputs[max(len(outputs) - longest + 1, 0) :].tolist())
+        for *start, last in self._bad_words:
+            if not start or recent[-len(start) :] == tuple(start):
+                logits[last] = -torch.inf
