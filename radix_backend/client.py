@@ -9,7 +9,6 @@ import itertools
 import queue
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,12 +19,11 @@ import numpy.typing as npt
 from radix_backend.config import EngineConfig
 from radix_backend.errors import InvalidArgument, RadixError, Unavailable
 from radix_backend.protocol import (
-    FINISH_REASONS,
+    RUNNING,
     Detokenize,
     Goodbye,
     Message,
     ModelInfo,
-    Receipt,
     RenderChat,
     Stats,
     Status,
@@ -34,7 +32,8 @@ from radix_backend.protocol import (
     column,
 )
 from radix_backend.sampling_params import SamplingParams
-from radix_backend.sidecar.connection import Connection, Sink
+from radix_backend.sidecar.connection import Connection
+from radix_backend.sidecar.sink import Delta, Sink
 from radix_backend.validation import show
 
 __all__ = ["Delta", "EngineClient", "Sink"]
@@ -44,21 +43,6 @@ TokenIds = Sequence[int] | npt.NDArray[Any]
 STALL_SECONDS = 10.0  # without a sign of progress, after which an engine is taken for stuck
 _CALL_TIMEOUT = 30.0  # seconds
 _MAX_TOKEN_ID = 2**31 - 1
-
-
-@dataclass(frozen=True)
-class Delta:
-    """What a step, or several, added to one request."""
-
-    token_ids: npt.NDArray[np.int32]
-    text: str
-    finish: int  # RUNNING, or in the last one STOP, LENGTH or ABORT
-    receipt: Receipt | None  # in the last one
-
-    @property
-    def finish_reason(self) -> str:
-        """ "stop", "length", "abort"; "" before the last one."""
-        return FINISH_REASONS[self.finish]
 
 
 class EngineClient:
@@ -134,7 +118,8 @@ class EngineClient:
     ) -> int:
         """Start a request, or go on with one that had ``output_ids``; returns its id at once.
 
-        From then on ``sink`` gets exactly one last call. A seed is drawn if ``params`` has none.
+        From then on ``sink`` gets exactly one last call. A seed is drawn if ``params`` has none. Of several completions
+        (``params.n``) each is scheduled for itself; if one of them is refused, all end.
         Raises Unavailable when the engine is not ready, InvalidArgument for a prompt that is none.
         """
         if (text is None) == (input_ids is None):
@@ -145,7 +130,7 @@ class EngineClient:
             params = msgspec.structs.replace(params, seed=secrets.randbits(63))
         request = next(self._ids)
         message = Submit(
-            request,
+            0,
             params,
             text,
             b"" if input_ids is None else _token_column("input_ids", input_ids),
@@ -154,7 +139,7 @@ class EngineClient:
             emitted_chars,
             add_special_tokens,
         )
-        self._connection.post(partial(self._connection.submit, request, sink, msgspec.msgpack.encode(message)))
+        self._connection.post(partial(self._connection.submit, request, sink, message))
         return request
 
     def abort(self, ids: Sequence[int]) -> None:
@@ -171,12 +156,12 @@ class EngineClient:
         """
         inbox: queue.SimpleQueue[Delta | RadixError] = queue.SimpleQueue()
         request = self._submit_prompt(prompt, params, _Inbox(inbox.put), priority, add_special_tokens)
+        left = params.n
         try:
-            while True:
+            while left:
                 delta = _delta(inbox.get())
+                left -= delta.finish != RUNNING
                 yield delta
-                if delta.finish:
-                    return
         finally:
             self.abort([request])
 
@@ -188,12 +173,12 @@ class EngineClient:
         loop = asyncio.get_running_loop()
         sink = _Inbox(lambda item: loop.call_soon_threadsafe(inbox.put_nowait, item))
         request = self._submit_prompt(prompt, params, sink, priority, add_special_tokens)
+        left = params.n
         try:
-            while True:
+            while left:
                 delta = _delta(await inbox.get())
+                left -= delta.finish != RUNNING
                 yield delta
-                if delta.finish:
-                    return
         finally:
             self.abort([request])
 
@@ -267,8 +252,8 @@ class _Inbox:
     def __init__(self, put: Callable[[Delta | RadixError], object]) -> None:
         self._put = put
 
-    def on_tokens(self, token_ids: npt.NDArray[np.int32], text: str, finish: int, receipt: Receipt | None) -> None:
-        self._put(Delta(token_ids, text, finish, receipt))
+    def on_delta(self, delta: Delta) -> None:
+        self._put(delta)
 
     def on_error(self, error: RadixError) -> None:
         self._put(error)

@@ -59,7 +59,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     logit_bias: Annotated[
         dict[int, float], Meta(description=f"token id → added to its logit, clamped to ±{MAX_BIAS:g}")
     ] = {}
-    bad_words: Annotated[list[str], Meta(max_length=MAX_STRINGS, description="texts whose tokens are not generated")] = []
+    bad_words: Annotated[
+        list[str], Meta(max_length=MAX_STRINGS, description="texts whose tokens are not generated")
+    ] = []
     logprobs: Annotated[
         _Likeliest, Meta(description="log probabilities of each generated token and of so many of the likeliest")
     ] = None

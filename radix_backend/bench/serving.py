@@ -24,17 +24,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from radix_backend.bench.floor import floor_us_per_response
 from radix_backend.bench.light_client import LightClient, Load, Result
 from radix_backend.bench.processes import cpu_seconds, free_ports, sidecar_processes, triton_processes
 from radix_backend.client import EngineClient
 from radix_backend.config import EngineConfig
 from radix_backend.errors import RadixError
-from radix_backend.protocol import Receipt
 from radix_backend.sampling_params import SamplingParams
+from radix_backend.sidecar.sink import Delta
 
 PROMPT_TOKENS = 64
 OUTSIDE = ("tritonserver", "stub", "gateway")
@@ -51,11 +48,11 @@ class _Counter:
         self.error: RadixError | None = None
         self.done = threading.Event()
 
-    def on_tokens(self, token_ids: npt.NDArray[np.int32], text: str, finish: int, receipt: Receipt | None) -> None:
+    def on_delta(self, delta: Delta) -> None:
         if not self.tokens:
             self.first = time.perf_counter() - self.started
-        self.tokens += len(token_ids)
-        if finish:
+        self.tokens += len(delta.token_ids)
+        if delta.finish:
             self.done.set()
 
     def on_error(self, error: RadixError) -> None:

@@ -111,7 +111,7 @@ class TextCodec:
         return partial(_PieceDetokenizer, decode, frozenset(spoken), byte_values, self._anchor)
 
     def _find_anchor(self) -> tuple[int, str]:
-        """A token that is text and no byte, with its text. (Behind it others are decoded as in the middle of a text.)"""
+        """A token that is text and no byte, with its text: others are decoded behind it as in the middle of a text."""
         for token, piece in enumerate(_pieces(self._tokenizer, skip_special_tokens=True)):
             if piece is not None and not _BYTE.fullmatch(piece):
                 text = self.decode([token])

@@ -33,7 +33,7 @@ class LogitsRules:
         self.excludes = bool(self._bad_words or (self._min_tokens and len(self._stops)))
 
     def apply(self, logits: Tensor, tokens: Tensor, prompt_len: int) -> None:
-        """Change ``logits`` [vocabulary], f32 if this `shifts`, of the token after ``tokens`` [prompt, then outputs]."""
+        """Change ``logits`` [vocabulary], f32 if this `shifts`, of the token after ``tokens``: prompt, then outputs."""
         outputs = tokens[prompt_len:]
         if self._bias:
             logits[self._bias_ids] += self._biases

@@ -15,11 +15,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 import zmq
 from msgspec.structs import replace
 
@@ -34,36 +34,42 @@ from radix_backend.protocol import (
     Lease,
     Log,
     ModelInfo,
+    PromptLogprobs,
     Pulse,
-    Receipt,
     Refused,
     Rejected,
     Reply,
     Status,
+    Submit,
     Update,
     Welcome,
     array,
 )
+from radix_backend.sampling_params import MAX_N
 from radix_backend.sidecar.lease import LeaseSocket, join_or_start
 from radix_backend.sidecar.runtime import RunDir
+from radix_backend.sidecar.sink import Delta, Sink
 
 _RETRY_SECONDS = (0.1, 5.0)  # between attempts to find a sidecar: the first, doubling up to the last
 _BURST = 64  # messages handled before others get their turn
+_NO_TOKENS = np.empty(0, np.int32)
 
 _log = logging.getLogger(__name__)
 
 
-class Sink(Protocol):
-    """Receives one request's results, on the client's I/O thread: be quick, and call no blocking client method."""
+@dataclass(eq=False)
+class _Running:
+    """A request: as many requests to the gateway as it has completions left."""
 
-    def on_tokens(self, token_ids: npt.NDArray[np.int32], text: str, finish: int, receipt: Receipt | None) -> None:
-        """New tokens and the text they released; both may be empty. The last call if ``finish`` is not RUNNING.
+    sink: Sink
+    open: set[int]  # indices of the completions that have not finished
 
-        ``token_ids`` is a read-only view into the step's message: copy what you keep for long.
-        """
+    def gateway_ids(self, request: int) -> list[int]:
+        return [_gateway_id(request, index) for index in self.open]
 
-    def on_error(self, error: RadixError) -> None:
-        """The request ended without a result. The last call."""
+
+def _gateway_id(request: int, index: int) -> int:
+    return request * MAX_N + index
 
 
 class Connection(threading.Thread):
@@ -102,7 +108,7 @@ class Connection(threading.Thread):
         self._context = zmq.Context()
         self._gateway: zmq.Socket[bytes] | None = None
         self._offered = self._status  # the "ready" that `_gateway` answers to
-        self._running: dict[int, Sink] = {}
+        self._running: dict[int, _Running] = {}
         self._calls: dict[int, Future[Any]] = {}
         self._decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(GatewayMessage)
         self._poller = zmq.Poller()
@@ -158,18 +164,19 @@ class Connection(threading.Thread):
 
     # ── on the I/O thread, through `post` ────────────────────────────────────────────────────
 
-    def submit(self, request: int, sink: Sink, message: bytes) -> None:
+    def submit(self, request: int, sink: Sink, submit: Submit) -> None:
+        """``submit`` without its id; each completion that it asks for is a request of its own to the gateway."""
         if self._gateway is None or self._status.state != "ready":
             self._fail(sink, self.unavailable())
-        else:
-            self._running[request] = sink
-            self._gateway.send(message)
+            return
+        self._running[request] = _Running(sink, set(range(submit.params.n)))
+        for index in range(submit.params.n):
+            choice = replace(submit, id=_gateway_id(request, index), params=submit.params.choice(index))
+            self._gateway.send(msgspec.msgpack.encode(choice))
 
     def abort(self, requests: list[int]) -> None:
-        found = {request: sink for request in requests if (sink := self._running.pop(request, None)) is not None}
-        self._abort(list(found))
-        for sink in found.values():
-            self._fail(sink, Cancelled("the request was cancelled"))
+        for running in self._withdraw(requests):
+            self._fail(running.sink, Cancelled("the request was cancelled"))
 
     def call(self, call: int, future: Future[Any], message: bytes) -> None:
         if self._gateway is None or self._status.state != "ready":
@@ -201,7 +208,7 @@ class Connection(threading.Thread):
             goodbye = self._closing = self._closing or Goodbye()
             os.close(self._wake)
         self._do_posted()
-        self._abort(list(self._running))
+        self._abort([id for request, running in self._running.items() for id in running.gateway_ids(request)])
         self._set_status(replace(self._status, state="stopping", detail="the client is closed"))
         self._disconnect(Cancelled("the client was closed"), linger=200)
         self._context.term()
@@ -305,8 +312,8 @@ class Connection(threading.Thread):
         self._gateway = self.model = None
         running, self._running = self._running, {}
         calls, self._calls = self._calls, {}
-        for sink in running.values():
-            self._fail(sink, reason)
+        for request in running.values():
+            self._fail(request.sink, reason)
         for future in calls.values():
             future.set_exception(reason)
 
@@ -316,9 +323,10 @@ class Connection(threading.Thread):
                 message = self._decoder.decode(gateway.recv(zmq.NOBLOCK))
                 if isinstance(message, Update):
                     self._update(message)
+                elif isinstance(message, PromptLogprobs):
+                    self._give(message.id, Delta(_NO_TOKENS, "", prompt_logprobs=message.tokens))
                 elif isinstance(message, Rejected):
-                    if sink := self._running.pop(message.id, None):
-                        self._fail(sink, from_code(message.code, message.message))
+                    self._rejected(message)
                 elif isinstance(message, Reply):
                     self._reply(message)
                 elif isinstance(message, Welcome):
@@ -334,22 +342,33 @@ class Connection(threading.Thread):
         tokens = array(update.tokens, "<i4")
         ends = np.cumsum(array(update.counts, "<i4")).tolist()
         receipts = iter(update.receipts)
+        ids = array(update.ids, "<i8").tolist()
         start = 0
-        for request, end, finish, text in zip(
-            array(update.ids, "<i8").tolist(), ends, update.finish, update.texts, strict=True
-        ):
-            if finish:
-                sink, receipt = self._running.pop(request, None), next(receipts)
-            else:
-                sink, receipt = self._running.get(request), None
-            if sink is not None:
-                try:
-                    sink.on_tokens(tokens[start:end], text, finish, receipt)
-                except Exception:
-                    _log.exception("a sink failed; its request is aborted")
-                    self._running.pop(request, None)
-                    self._abort([request])
+        for row, (id, end, finish, text) in enumerate(zip(ids, ends, update.finish, update.texts, strict=True)):
+            receipt = next(receipts) if finish else None
+            logprobs = update.logprobs[row] if update.logprobs else []
+            self._give(id, Delta(tokens[start:end], text, finish, receipt, id % MAX_N, logprobs))
             start = end
+
+    def _give(self, id: int, delta: Delta) -> None:
+        """Hand over what the request ``id`` of the gateway got."""
+        request = id // MAX_N
+        running = self._running.get(request)
+        if running is None:
+            return
+        if delta.finish:
+            running.open.discard(delta.index)
+            if not running.open:
+                del self._running[request]
+        try:
+            running.sink.on_delta(delta)
+        except Exception:
+            _log.exception("a sink failed; its request is aborted")
+            self._withdraw([request])
+
+    def _rejected(self, message: Rejected) -> None:
+        for running in self._withdraw([message.id // MAX_N]):
+            self._fail(running.sink, from_code(message.code, message.message))
 
     def _reply(self, reply: Reply) -> None:
         future = self._calls.pop(reply.call, None)
@@ -369,9 +388,15 @@ class Connection(threading.Thread):
             self._disconnect(self.unavailable())
             self._connect(self._offered)
 
-    def _abort(self, requests: list[int]) -> None:
-        if requests and self._gateway is not None:
-            self._gateway.send(msgspec.msgpack.encode(Abort(requests)))
+    def _withdraw(self, requests: list[int]) -> list[_Running]:
+        """Forget requests and tell the gateway to; returns those that were running."""
+        found = {request: running for request in requests if (running := self._running.pop(request, None))}
+        self._abort([id for request, running in found.items() for id in running.gateway_ids(request)])
+        return list(found.values())
+
+    def _abort(self, ids: list[int]) -> None:
+        if ids and self._gateway is not None:
+            self._gateway.send(msgspec.msgpack.encode(Abort(ids)))
 
     def _fail(self, sink: Sink, reason: RadixError) -> None:
         with _logged():

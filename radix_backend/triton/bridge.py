@@ -14,6 +14,7 @@ import numpy.typing as npt
 from radix_backend.client import EngineClient
 from radix_backend.errors import RadixError, Unavailable
 from radix_backend.protocol import STOP
+from radix_backend.sidecar.sink import Delta
 from radix_backend.triton.recorder import Recorder
 from radix_backend.triton.request import HEALTH_CHECK, is_health_check, parse
 from radix_backend.triton.slot import Slot, Wire
@@ -56,10 +57,11 @@ class Bridge:
         try:
             tensors, parameters = read()
             if is_health_check(parameters):
-                slot.request = HEALTH_CHECK
-                slot.on_tokens(np.array([], dtype=np.int32), "", STOP, None)
+                slot.begin(HEALTH_CHECK)
+                slot.on_delta(Delta(np.array([], dtype=np.int32), "", STOP))
                 return
-            request = slot.request = parse(tensors, parameters)
+            request = parse(tensors, parameters)
+            slot.begin(request)
             slot.engine_id = self._client.submit(
                 request.params,
                 text=request.text,

@@ -9,12 +9,9 @@ import time
 from collections import deque
 from collections.abc import Iterator
 
-import numpy as np
-import numpy.typing as npt
-
-from radix_backend.client import Sink
 from radix_backend.errors import Cancelled, RadixError
-from radix_backend.protocol import FINISH_REASONS, Receipt
+from radix_backend.protocol import FINISH_REASONS
+from radix_backend.sidecar.sink import Delta, Sink
 from radix_backend.triton.metrics import (
     E2E_LATENCY,
     GENERATION_TOKENS,
@@ -65,26 +62,28 @@ class Recorder:
 
 
 class _Watch:
+    """Each completion of a request counts as one of its own."""
+
     def __init__(self, sink: Sink, recorder: Recorder) -> None:
         self._sink = sink
         self._record = recorder.record
         self._arrival = time.monotonic()
-        self._last_token = 0.0
+        self._last_token: dict[int, float] = {}  # by the completion's index
 
-    def on_tokens(self, token_ids: npt.NDArray[np.int32], text: str, finish: int, receipt: Receipt | None) -> None:
-        self._sink.on_tokens(token_ids, text, finish, receipt)
+    def on_delta(self, delta: Delta) -> None:
+        self._sink.on_delta(delta)
         now = time.monotonic()
-        if token_ids.size:
-            if self._last_token:
-                self._record((INTER_TOKEN_LATENCY, "", now - self._last_token))
+        if num_tokens := len(delta.token_ids):
+            if last_token := self._last_token.get(delta.index):
+                self._record((INTER_TOKEN_LATENCY, "", now - last_token))
             else:
                 self._record((TIME_TO_FIRST_TOKEN, "", now - self._arrival))
-            self._last_token = now
-            self._record((GENERATION_TOKENS, "", token_ids.size))
-        if finish:
-            self._record((REQUEST_SUCCESS, FINISH_REASONS[finish], 1))
+            self._last_token[delta.index] = now
+            self._record((GENERATION_TOKENS, "", num_tokens))
+        if delta.finish:
+            self._record((REQUEST_SUCCESS, FINISH_REASONS[delta.finish], 1))
             self._record((E2E_LATENCY, "", now - self._arrival))
-        if receipt is not None:
+        if (receipt := delta.receipt) is not None:
             self._record((QUEUE_TIME, "", receipt.queue_ms / 1e3))
             self._record((REQUEST_PROMPT_TOKENS, "", receipt.num_input_tokens))
             self._record((REQUEST_GENERATION_TOKENS, "", receipt.num_output_tokens))

@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 from msgspec import Meta
+from msgspec.structs import replace
 
 from radix_backend.errors import InvalidArgument, Unsupported
 from radix_backend.sampling_params import SamplingParams
@@ -19,7 +20,6 @@ from radix_backend.validation import convert, show
 Array = npt.NDArray[Any]
 
 _NAMES = {tensor["name"] for tensor in INPUTS}
-_LATER = ("return_logprobs", "return_cumulative_logprob")
 
 
 class _Priority(msgspec.Struct):
@@ -37,6 +37,14 @@ class Request:
     stream: bool = False
     echo: str = ""  # what precedes the generated text in the output
     returns: frozenset[str] = frozenset()  # the switches that are on
+    shows_logprobs: bool = False  # `params.logprobs` may also be on because they are to be added up
+
+    @property
+    def num_input_tokens(self) -> int | None:
+        """None where only the engine can tell."""
+        if self.input_ids is None or self.params.truncate_prompt_tokens is not None:
+            return None
+        return int(self.input_ids.size)
 
 
 def parse(tensors: Mapping[str, Array], parameters: str) -> Request:
@@ -50,23 +58,22 @@ def parse(tensors: Mapping[str, Array], parameters: str) -> Request:
     if "image" in tensors and tensors["image"].size:
         raise Unsupported("input 'image' is given, but the served model reads text only; leave it out")
     returns = frozenset(name for name in SWITCHES if _flag(tensors, name))
-    for name in _LATER:
-        if name in returns:
-            raise Unsupported(f"input {name!r} is true, but this version returns no logprobs; accepted: false")
     text, input_ids = _prompt(tensors)
     stream = _flag(tensors, "stream") or False
     values = _object("request parameters", parameters) if parameters else {}
     if "sampling_parameters" in tensors:
         values |= _object("input 'sampling_parameters'", _string(tensors, "sampling_parameters"))
     priority = convert(_Priority, {"priority": values.pop("priority", 0)}, "request parameter").priority
+    params = SamplingParams.parse(values)
     return Request(
-        SamplingParams.parse(values),
+        replace(params, logprobs=_logprobs(params, returns)),
         text,
         input_ids,
         priority,
         stream,
         _echo(text, stream, _flag(tensors, "exclude_input_in_output")),
         returns,
+        shows_logprobs=params.logprobs is not None,
     )
 
 
@@ -77,6 +84,13 @@ HEALTH_CHECK = Request(SamplingParams(), "", None)
 def is_health_check(parameters: str) -> bool:
     """Whether the request parameters, a JSON object or "", hold ``"health_check": true``."""
     return "health_check" in parameters and _object("request parameters", parameters).get("health_check") is True
+
+
+def _logprobs(params: SamplingParams, returns: frozenset[str]) -> int | None:
+    """What the engine is asked for: no log probabilities that are not returned."""
+    if "return_logprobs" in returns and params.logprobs is not None:
+        return params.logprobs
+    return 0 if "return_cumulative_logprob" in returns else None
 
 
 def _prompt(tensors: Mapping[str, Array]) -> tuple[str | None, Array | None]:

@@ -2,71 +2,148 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from radix_backend.protocol import FINISH_REASONS, RUNNING, Receipt
+from radix_backend.protocol import FINISH_REASONS, RUNNING, Logprob, Receipt
+from radix_backend.sidecar.sink import Delta
 from radix_backend.triton.request import Request
 
 Array = npt.NDArray[Any]
 
 
-@dataclass
-class Part:
-    """What one response carries: the tokens of one step, or of several."""
+class Choice:
+    """One completion: how it stands, and what the next response carries of it (the tokens of one step or several)."""
 
-    text: list[str] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    finish: int = RUNNING
-    receipt: Receipt | None = None  # of the last part
+    def __init__(self) -> None:
+        self.finish = RUNNING
+        self.receipt: Receipt | None = None
+        self.cumulative_logprob = 0.0
+        self.clear()
 
-    def add(self, token_ids: npt.NDArray[np.int32], text: str, finish: int, receipt: Receipt | None) -> None:
-        if text:
-            self.text.append(text)
-        self.token_ids += token_ids.tolist()
-        self.finish, self.receipt = finish, receipt
+    def clear(self) -> None:
+        """The response is sent."""
+        self.text: list[str] = []
+        self.token_ids: list[int] = []
+        self.logprobs: list[list[Logprob]] = []
+
+    def add(self, delta: Delta) -> None:
+        if delta.text:
+            self.text.append(delta.text)
+        self.token_ids += delta.token_ids.tolist()
+        if delta.logprobs:
+            self.logprobs += delta.logprobs
+            self.cumulative_logprob += sum(token.logprob for token, *_ in delta.logprobs)
+        self.finish, self.receipt = delta.finish, delta.receipt
 
 
-def encode(request: Request, part: Part, namespace: str) -> list[tuple[str, Array]]:
-    """Name and value of every output that ``request`` wants; a part of a stream, or the whole answer."""
-    returns = request.returns
-    tensors = [("text_output", _bytes(request.echo + "".join(part.text)))]
+class Answer:
+    """All completions of a request."""
+
+    def __init__(self, n: int = 1) -> None:
+        self.choices = [Choice() for _ in range(n)]
+        self.prompt_logprobs: list[list[Logprob]] = []
+
+    def add(self, delta: Delta) -> None:
+        if delta.prompt_logprobs:
+            self.prompt_logprobs += delta.prompt_logprobs
+        else:
+            self.choices[delta.index].add(delta)
+
+    @property
+    def has_text(self) -> bool:
+        return any(choice.text for choice in self.choices)
+
+    @property
+    def finished(self) -> bool:
+        return all(choice.finish for choice in self.choices)
+
+    def encode(self, request: Request, namespace: str) -> list[tuple[str, Array]]:
+        """Name and value of every output that ``request`` wants: a part of a stream, or the whole answer.
+
+        What it returns is not returned again.
+        """
+        tensors = _encode(request, self, namespace)
+        self.prompt_logprobs = []
+        for choice in self.choices:
+            choice.clear()
+        return tensors
+
+
+def size(tensors: Sequence[tuple[str, Array]]) -> int:
+    """Bytes of content."""
+    return sum(sum(map(len, value)) if value.dtype == object else value.nbytes for _, value in tensors)
+
+
+def _encode(request: Request, answer: Answer, namespace: str) -> list[tuple[str, Array]]:
+    returns, choices = request.returns, answer.choices
+    tensors = [("text_output", _bytes([request.echo + "".join(choice.text) for choice in choices]))]
+    if answer.prompt_logprobs:
+        tensors.append(("prompt_logprobs", _bytes([_logprobs([None, *answer.prompt_logprobs])])))
     if not returns:
         return tensors
+    receipts = [choice.receipt for choice in choices if choice.receipt is not None]
     if "return_finish_reason" in returns:
-        reason = FINISH_REASONS[part.finish] if part.finish else "None"
-        tensors.append(("finish_reason", _bytes(reason)))
+        tensors.append(("finish_reason", _bytes([FINISH_REASONS[choice.finish] or "None" for choice in choices])))
+    if "return_logprobs" in returns:
+        shown = [_logprobs(choice.logprobs) if request.shows_logprobs else b"null" for choice in choices]
+        tensors.append(("logprobs", _bytes(shown)))
+    if "return_cumulative_logprob" in returns:
+        sums = [choice.cumulative_logprob for choice in choices]
+        tensors.append(("cumulative_logprob", np.array(sums, dtype=np.float32)))
     if "return_num_input_tokens" in returns:
-        if request.input_ids is not None:
-            tensors.append(("num_input_tokens", np.array([request.input_ids.size], dtype=np.uint32)))
-        elif part.receipt is not None:
-            tensors.append(("num_input_tokens", np.array([part.receipt.num_input_tokens], dtype=np.uint32)))
+        if request.num_input_tokens is not None:
+            tensors.append(("num_input_tokens", np.array([request.num_input_tokens], dtype=np.uint32)))
+        elif receipts:
+            tensors.append(("num_input_tokens", np.array([receipts[0].num_input_tokens], dtype=np.uint32)))
     if "return_num_output_tokens" in returns:
-        tensors.append(("num_output_tokens", np.array([len(part.token_ids)], dtype=np.uint32)))
+        counts = [len(choice.token_ids) for choice in choices]
+        tensors.append(("num_output_tokens", np.array(counts, dtype=np.uint32)))
     if "return_token_ids" in returns:
-        tensors.append(("token_ids", np.array(part.token_ids, dtype=np.int32)))
-    if "return_cache_receipt" in returns and part.receipt is not None:
-        tensors.append(("cache_receipt", _bytes(_receipt(part.receipt, namespace))))
+        ids = [token for choice in choices for token in choice.token_ids]
+        tensors.append(("token_ids", np.array(ids, dtype=np.int32)))
+    if "return_cache_receipt" in returns and answer.finished and receipts:
+        tensors.append(("cache_receipt", _bytes([_receipt(receipts, namespace)])))
     return tensors
 
 
-def _bytes(text: str | bytes) -> Array:
-    return np.array([text.encode() if isinstance(text, str) else text], dtype=object)
+def _bytes(texts: Sequence[str | bytes]) -> Array:
+    return np.array([text.encode() if isinstance(text, str) else text for text in texts], dtype=object)
 
 
-def _receipt(receipt: Receipt, namespace: str) -> bytes:
+def _logprobs(tokens: Sequence[list[Logprob] | None]) -> bytes:
+    """A JSON list with an object a token, as vllm_backend writes it; a generated token beats a likeliest of its id."""
+    return msgspec.json.encode(
+        [
+            token
+            and {
+                str(entry.token_id): {
+                    "logprob": entry.logprob,
+                    "rank": entry.rank,
+                    "decoded_token": entry.decoded_token,
+                }
+                for entry in reversed(token)
+            }
+            for token in tokens
+        ]
+    )
+
+
+def _receipt(receipts: Sequence[Receipt], namespace: str) -> bytes:
+    """Of the first completion, whose prompt the others found in the cache; the longest decode_ms, all retractions."""
+    first = receipts[0]
     return msgspec.json.encode(
         {
-            "cached_tokens": receipt.cached_tokens,
+            "cached_tokens": first.cached_tokens,
             "namespace": namespace,
-            "queue_ms": round(receipt.queue_ms, 3),
-            "prefill_ms": round(receipt.prefill_ms, 3),
-            "decode_ms": round(receipt.decode_ms, 3),
-            "retractions": receipt.retractions,
-            "resumed": receipt.resumed,
+            "queue_ms": round(first.queue_ms, 3),
+            "prefill_ms": round(first.prefill_ms, 3),
+            "decode_ms": round(max(receipt.decode_ms for receipt in receipts), 3),
+            "retractions": sum(receipt.retractions for receipt in receipts),
+            "resumed": any(receipt.resumed for receipt in receipts),
         }
     )

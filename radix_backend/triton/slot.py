@@ -11,16 +11,15 @@ from collections import deque
 from queue import SimpleQueue
 from typing import Any, Protocol
 
-import numpy as np
 import numpy.typing as npt
 
 from radix_backend.errors import RadixError
-from radix_backend.protocol import Receipt
+from radix_backend.sidecar.sink import Delta
 from radix_backend.triton.recorder import Recorder
 from radix_backend.triton.request import Request
-from radix_backend.triton.response import Part, encode
+from radix_backend.triton.response import Answer, size
 
-SPLIT_BYTES = 8192  # of text that still goes out together with FINAL
+SPLIT_BYTES = 8192  # of content that still goes out together with FINAL
 
 
 class Wire(Protocol):
@@ -42,20 +41,29 @@ class Slot:
 
     def __init__(self, wire: Wire, outbox: SimpleQueue[Slot | None], namespace: str, recorder: Recorder) -> None:
         self.engine_id: int | None = None  # once submitted
-        self.request: Request | None = None  # once parsed
         self.ended = False  # FINAL was sent, or cannot be sent
         self._wire = wire
         self._outbox = outbox
         self._namespace = namespace
         self._recorder = recorder
-        self._inbox: deque[tuple[npt.NDArray[np.int32], str, int, Receipt | None] | RadixError] = deque()
+        self._request: Request | None = None  # once parsed
+        self._inbox: deque[Delta | RadixError] = deque()
         self._queued = False
-        self._part = Part()
+        self._running = 1  # completions that have not finished
+        self._answer = Answer()
         self._closing = threading.Lock()  # Triton's side of the request is gone after FINAL: asking it then is not safe
 
-    def on_tokens(self, token_ids: npt.NDArray[np.int32], text: str, finish: int, receipt: Receipt | None) -> None:
-        self._inbox.append((token_ids, text, finish, receipt))
-        if finish or (self.request is not None and self.request.stream):
+    def begin(self, request: Request) -> None:
+        """What is asked for is known. Comes before any call as a sink, but for an error."""
+        self._request = request
+        self._running = request.params.n
+        self._answer = Answer(request.params.n)
+
+    def on_delta(self, delta: Delta) -> None:
+        self._inbox.append(delta)
+        if delta.finish:
+            self._running -= 1
+        if not self._running or (self._request is not None and self._request.stream):
             self._wake()
 
     def on_error(self, error: RadixError) -> None:
@@ -78,8 +86,9 @@ class Slot:
         if self.ended:
             return
         error = self._take()
-        if self.request is not None and (self._part.finish or (self.request.stream and self._part.text)):
-            self._send(self.request)
+        request, answer = self._request, self._answer
+        if request is not None and (answer.finished or (request.stream and answer.has_text)):
+            self._send(request)
         if error is not None and not self.ended:
             self.fail(error)
 
@@ -96,22 +105,20 @@ class Slot:
             item = self._inbox.popleft()
             if isinstance(item, RadixError):
                 return item
-            self._part.add(*item)
+            self._answer.add(item)
         return None
 
     def _send(self, request: Request) -> None:
-        part, self._part = self._part, Part()
-        tensors = encode(request, part, self._namespace)
         if request.stream:
-            self._recorder.sent(len(part.token_ids))
-        if not part.finish:
+            self._recorder.sent(sum(len(choice.token_ids) for choice in self._answer.choices))
+        tensors = self._answer.encode(request, self._namespace)
+        if not self._answer.finished:
             self._wire.send(tensors, final=False)
             return
-        size = len(request.echo) + sum(map(len, part.text)) + 4 * len(part.token_ids)
         with self._closing:
             # A send with FINAL that finds no shared memory can't be repeated, and the client would wait for ever:
             # what may be large goes first.
-            if size > SPLIT_BYTES:
+            if size(tensors) > SPLIT_BYTES:
                 self._wire.send(tensors, final=False)
                 self.ended = True
                 self._wire.finish()

@@ -37,6 +37,7 @@ OUTPUTS = (
     _tensor("finish_reason", "STRING", -1),
     _tensor("logprobs", "STRING", -1),
     _tensor("cumulative_logprob", "FP32", -1),
+    _tensor("prompt_logprobs", "STRING", 1),
     _tensor("num_input_tokens", "UINT32", 1),
     _tensor("num_output_tokens", "UINT32", -1),
     _tensor("token_ids", "INT32", -1),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -109,9 +110,7 @@ class BatchState:
             scored=self._scored_spans(plan, cached, ends),
         )
 
-    def _scored_spans(
-        self, plan: StepPlan, cached: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]
-    ) -> list[ScoredSpan]:
+    def _scored_spans(self, plan: StepPlan, cached: npt.NDArray[np.int64], ends: npt.NDArray[Any]) -> list[ScoredSpan]:
         spans = []
         for row in np.flatnonzero(self._prompt_logprobs[plan.slots] != _NONE).tolist():
             slot = int(plan.slots[row])
@@ -121,7 +120,9 @@ class BatchState:
             if first < last:
                 end = int(ends[row]) - (after + 1 - last)
                 successors = self.token_ids[slot, first:last].long()
-                spans.append(ScoredSpan(range(end - len(successors), end), successors, int(self._prompt_logprobs[slot])))
+                spans.append(
+                    ScoredSpan(range(end - len(successors), end), successors, int(self._prompt_logprobs[slot]))
+                )
         return spans
 
     def sampling_rows(self, step: StepInput) -> SamplingRows:

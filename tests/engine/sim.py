@@ -15,8 +15,9 @@ import numpy as np
 from radix_backend.engine.kv_cache import KVCache
 from radix_backend.engine.request import Request
 from radix_backend.engine.scheduler import Scheduler
+from radix_backend.protocol import TokenLogprobs
 from radix_backend.sampling_params import SamplingParams
-from radix_backend.worker.interface import StepPlan, StepResult, Worker
+from radix_backend.worker.interface import NewRequest, StepPlan, StepResult, Worker
 
 VOCAB = 50
 UNWRITTEN = -1
@@ -49,6 +50,7 @@ class SimWorker:
         self.table = np.full((max_bs, max_tokens // page_size + 1), -1, np.int64)
         self.tokens = np.full((max_bs, max_tokens), -1, np.int64)
         self.computed = np.zeros(max_bs, np.int64)
+        self.described: dict[int, NewRequest] = {}
         self.num_computed_tokens = 0
         self.queue: deque[StepPlan] = deque()
 
@@ -71,6 +73,7 @@ class SimWorker:
             self.tokens[new.slot] = -1
             self.tokens[new.slot, : len(new.token_ids)] = new.token_ids
             self.computed[new.slot] = new.num_computed
+            self.described[new.slot] = new
             self.table[new.slot] = -1
         self.table[plan.page_slots, plan.page_index] = plan.page_ids
         assert len(set(plan.slots.tolist())) == len(plan.slots)
@@ -89,7 +92,10 @@ class SimWorker:
                     assert at not in written, f"two rows write {at} in one step"
                     written.add(at)
                     self.kv[at] = prefix
-        sampled = []
+        sampled, scored = [], []
+        for slot, count, _ in rows:
+            if scores := self._score(self.described[slot], int(self.computed[slot]), count):
+                scored.append(scores)
         for slot, count, samples in rows:  # … before any row reads the KV of its whole prefix
             self.computed[slot] += count
             self.num_computed_tokens += count
@@ -101,7 +107,15 @@ class SimWorker:
                 token = next_token(prefix)
                 self.tokens[slot, self.computed[slot]] = token
                 sampled.append(token)
-        return StepResult(plan.step, np.array(sampled, np.int32))
+        return StepResult(plan.step, np.array(sampled, np.int32), prompt_logprobs=scored)
+
+    @staticmethod
+    def _score(new: NewRequest, computed: int, count: int) -> list[TokenLogprobs]:
+        """The "rank" of a prompt token is its position."""
+        if new.params.prompt_logprobs is None:
+            return []
+        positions = range(max(computed + 1, new.num_scored, 1), min(computed + count + 1, new.prompt_len))
+        return [TokenLogprobs(position, b"", b"") for position in positions]
 
 
 class SimEngine:
@@ -126,6 +140,7 @@ class SimEngine:
             clock=lambda: self.now,
         )
         self.outputs: dict[int, list[int]] = {}
+        self.scored: dict[int, list[int]] = {}  # positions of prompt tokens
         self.finish: dict[int, int] = {}
         self.receipts: dict[int, object] = {}
         self._next_id = 0
@@ -173,6 +188,11 @@ class SimEngine:
         self.take()
 
     def take(self) -> None:
+        prompt_scores, self.scheduler.prompt_scores = self.scheduler.prompt_scores, []
+        for scores in prompt_scores:
+            assert scores.id not in self.finish, "something came after the end"
+            assert not self.outputs[scores.id], "the prompt was scored after tokens were generated"
+            self.scored.setdefault(scores.id, []).extend(token.rank for token in scores.tokens)
         outputs, self.scheduler.outputs = self.scheduler.outputs, []
         for output in outputs:
             assert output.id not in self.finish, "something came after the end"

@@ -33,6 +33,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.engine = SimEngine(max(2, num_tokens // page_size), page_size, max_bs, budget)
         self.live: dict[int, tuple[list[int], int, tuple[int, ...]]] = {}
         self.aborted: set[int] = set()
+        self.scored: set[int] = set()
 
     @rule(
         prompt=prompts,
@@ -40,15 +41,21 @@ class EngineMachine(RuleBasedStateMachine):
         priority=st.integers(-2, 2),
         stop=st.lists(st.integers(0, 49), max_size=4),
         resumed=st.integers(0, 6),
+        scored=st.booleans(),
     )
-    def add(self, prompt: list[int], max_tokens: int, priority: int, stop: list[int], resumed: int) -> None:
+    def add(
+        self, prompt: list[int], max_tokens: int, priority: int, stop: list[int], resumed: int, scored: bool
+    ) -> None:
         outputs = continuation(prompt, min(resumed, max_tokens - 1))
-        if any(token in stop for token in outputs):
+        if scored or any(token in stop for token in outputs):
             outputs = []
         try:
-            request = self.engine.add(prompt, max_tokens, priority, tuple(stop), tuple(outputs))
+            wanted = {"prompt_logprobs": 0} if scored else {}
+            request = self.engine.add(prompt, max_tokens, priority, tuple(stop), tuple(outputs), **wanted)
         except InvalidArgument:
             return
+        if scored:
+            self.scored.add(request)
         self.live[request] = (prompt, max_tokens, tuple(stop))
         self.engine.outputs[request] = list(outputs)
 
@@ -92,6 +99,9 @@ class EngineMachine(RuleBasedStateMachine):
             ends = [i for i, token in enumerate(expected) if token in stop]
             expected = expected[: ends[0] + 1] if ends else expected
             got = engine.outputs[request]
+            positions = list(range(1, len(prompt))) if request in self.scored else []
+            found = engine.scored.get(request, [])
+            assert found == (positions if got else positions[: len(found)])  # each once, in order, whatever was cached
             assert got == expected[: len(got)]
             if request not in self.aborted:
                 fills_cache = len(prompt) + len(got) > engine.cache.pool.num_pages * engine.cache.page_size - 1

@@ -372,3 +372,41 @@ def test_plan_columns_are_int32() -> None:
     plan = engine.launch()
     for name in ("page_slots", "page_index", "page_ids", "slots", "num_tokens"):
         assert getattr(plan, name).dtype == np.int32
+
+
+def test_a_prompt_to_be_scored_is_computed_although_it_is_cached() -> None:
+    engine = SimEngine()
+    engine.add(list(range(20)), max_tokens=3)
+    engine.run()
+    scored = engine.add(list(range(20)), max_tokens=3, prompt_logprobs=1)
+    engine.run()
+    assert engine.scored[scored] == list(range(1, 20))
+    assert engine.receipts[scored].cached_tokens == 0
+    assert engine.cache.audit() == []
+    again = engine.add(list(range(20)), max_tokens=3)
+    engine.run()
+    assert engine.receipts[again].cached_tokens == 16
+
+
+def test_a_prompt_that_is_scored_does_not_wait_for_a_leader_of_its_prefix() -> None:
+    engine = SimEngine(budget=12)
+    leader = engine.add(list(range(30)), max_tokens=3)
+    scored = engine.add(list(range(30)), max_tokens=3, prompt_logprobs=1)
+    engine.run()
+    assert engine.scored == {scored: list(range(1, 30))}
+    assert engine.outputs[leader] == engine.outputs[scored]
+
+
+@pytest.mark.parametrize("launched", [1, 2, 3])
+def test_a_prompt_retracted_half_way_is_scored_once(launched: int) -> None:
+    engine = SimEngine(budget=8)
+    scored = engine.add(list(range(23)), max_tokens=12, prompt_logprobs=1)
+    for _ in range(launched):
+        engine.launch()
+    engine.scheduler._retract(engine.scheduler.requests[scored], _Rows(99))
+    engine.run()
+    assert engine.receipts[scored].retractions == 1
+    assert engine.scored == {scored: list(range(1, 23))}
+    assert engine.outputs[scored] == continuation(list(range(23)), 12)
+    # What was scored before may come from the cache; with all chunks launched that is the whole prompt.
+    assert engine.worker.num_computed_tokens < 23 + 12 + 8

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import threading
 
-import numpy as np
-import numpy.typing as npt
-
 from radix_backend.errors import RadixError
 from radix_backend.protocol import Receipt
+from radix_backend.sidecar.sink import Delta
 from tests.sidecar.world import PATIENCE
 
 
@@ -21,13 +19,13 @@ class Recorder:
         self.calls_after_the_end = 0
         self._ended = threading.Event()
 
-    def on_tokens(self, token_ids: npt.NDArray[np.int32], text: str, finish: int, receipt: Receipt | None) -> None:
+    def on_delta(self, delta: Delta) -> None:
         self.calls_after_the_end += bool(self.ends)
-        self.tokens += token_ids.tolist()
-        self.text += text
-        if finish:
-            self.receipt = receipt
-            self._end(finish)
+        self.tokens += delta.token_ids.tolist()
+        self.text += delta.text
+        if delta.finish:
+            self.receipt = delta.receipt
+            self._end(delta.finish)
 
     def on_error(self, error: RadixError) -> None:
         self.calls_after_the_end += bool(self.ends)

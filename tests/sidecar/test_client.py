@@ -14,7 +14,8 @@ import pytest
 
 from radix_backend.errors import Cancelled, InvalidArgument, Unavailable
 from radix_backend.protocol import LENGTH
-from radix_backend.sampling_params import SamplingParams
+from radix_backend.sampling_params import MAX_N, SamplingParams
+from radix_backend.sidecar.sink import Delta
 from tests.sidecar.sinks import Recorder
 from tests.sidecar.world import PATIENCE, World, eventually
 
@@ -69,7 +70,7 @@ def test_an_aborted_request_ends_as_cancelled_and_stops_in_the_gateway(world: Wo
     request = client.submit(LONG, text="x", sink=sink)
     client.abort([request, request, 12345])
     assert isinstance(sink.end(), Cancelled)
-    eventually((world.model / f"aborted-{request}").exists)
+    eventually((world.model / f"aborted-{request * MAX_N}").exists)
     assert client.stats() == {"num_requests_running": 0}
     assert len(sink.ends) == 1
 
@@ -145,7 +146,7 @@ def test_asyncio_streams_run_together_and_stop_when_cancelled(world: World) -> N
 
 def test_a_sink_that_raises_harms_only_its_own_request(world: World) -> None:
     class Broken(Recorder):
-        def on_tokens(self, *columns: object) -> None:
+        def on_delta(self, delta: Delta) -> None:
             raise RuntimeError("a bug of the sink")
 
     client = world.client()
@@ -154,7 +155,7 @@ def test_a_sink_that_raises_harms_only_its_own_request(world: World) -> None:
     client.submit(params(20), text="ab", sink=good)
     assert good.end() == LENGTH
     assert good.text == "ab" * 10
-    eventually((world.model / f"aborted-{request}").exists)
+    eventually((world.model / f"aborted-{request * MAX_N}").exists)
 
 
 def test_closing_ends_what_runs_and_refuses_what_comes(world: World) -> None:
@@ -178,7 +179,7 @@ def test_a_client_can_be_closed_by_its_own_callback(world: World) -> None:
     client = world.client()
 
     class Closing(Recorder):
-        def on_tokens(self, *columns: object) -> None:
+        def on_delta(self, delta: Delta) -> None:
             client.close()
 
     sink = Closing()

@@ -12,6 +12,7 @@ import pytest
 from radix_backend.client import Sink
 from radix_backend.errors import Cancelled, RadixError, Unavailable
 from radix_backend.protocol import LENGTH, RUNNING, Receipt
+from radix_backend.sidecar.sink import Delta
 from radix_backend.triton.bridge import Bridge
 from radix_backend.triton.recorder import Recorder
 from radix_backend.triton.slot import SPLIT_BYTES
@@ -43,7 +44,7 @@ class Engine:
 
     def emit(self, request: int, text: str, finish: int = RUNNING) -> None:
         ids = np.arange(1, dtype=np.int32)
-        self.sinks[request].on_tokens(ids, text, finish, RECEIPT if finish else None)
+        self.sinks[request].on_delta(Delta(ids, text, finish, RECEIPT if finish else None))
 
 
 class Wire:

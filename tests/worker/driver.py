@@ -43,7 +43,9 @@ class Driver:
         """A request whose first ``len(pages)`` pages are there already."""
         row = Row(slot, list(tokens), list(pages or []), len(pages or []) * self.page_size)
         row.prompt_len = len(tokens) if prompt_len is None else prompt_len
-        described = {name: sampling.pop(name) for name in ("stop_token_ids", "bad_words", "num_scored") if name in sampling}
+        described = {
+            name: sampling.pop(name) for name in ("stop_token_ids", "bad_words", "num_scored") if name in sampling
+        }
         params = SamplingParams(**{"temperature": 0.0, "seed": 0, "max_tokens": 1000, **sampling})
         new = NewRequest(slot, np.array(tokens, np.int32), row.prompt_len, row.computed, params, **described)
         self._plan.new.append(new)
