@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,13 @@ from radix_backend.protocol import (
     Finish,
     GatewayMessage,
     Hello,
+    Logprob,
     Message,
     Receipt,
     Report,
     Step,
     Submit,
+    TokenLogprobs,
     Update,
     Welcome,
     array,
@@ -45,6 +47,7 @@ class Row(msgspec.Struct):
     text: str
     finish: int = RUNNING
     receipt: Receipt | None = None
+    logprobs: list[list[Logprob]] = []
 
 
 class Engine:
@@ -79,7 +82,7 @@ class Engine:
         message: Message = msgspec.msgpack.decode(self._socket.recv(), type=EngineCommand)
         return message
 
-    def step(self, *rows: tuple[int, Iterable[int], int]) -> None:
+    def step(self, *rows: tuple[int, Iterable[int], int], logprobs: Sequence[TokenLogprobs | None] = ()) -> None:
         """``rows``: id, tokens, finish. Receipts are made up: num_output_tokens 1000, for the gateway to correct."""
         columns = [(id, list(tokens), finish) for id, tokens, finish in rows]
         self.send(
@@ -91,6 +94,7 @@ class Engine:
                 receipts=[
                     Receipt(10 + id, 1000, 4, 1.0, 2.0, 3.0, 0, False) for id, _, finish in columns if finish != RUNNING
                 ],
+                logprobs=list(logprobs),
             )
         )
 
@@ -138,9 +142,12 @@ class Client:
             tokens = iter(array(update.tokens, "<i4").tolist())
             receipts = iter(update.receipts)
             columns = (array(update.ids, "<i8"), array(update.counts, "<i4"), array(update.finish, "u1"))
-            for id, count, finish, text in zip(*(c.tolist() for c in columns), update.texts, strict=True):
+            logprobs = update.logprobs or [[]] * len(update.texts)
+            for id, count, finish, text, theirs in zip(
+                *(c.tolist() for c in columns), update.texts, logprobs, strict=True
+            ):
                 receipt = next(receipts) if finish != RUNNING else None
-                self._rows.append(Row(id, [next(tokens) for _ in range(count)], text, finish, receipt))
+                self._rows.append(Row(id, [next(tokens) for _ in range(count)], text, finish, receipt, theirs))
             assert next(tokens, None) is None
             assert next(receipts, None) is None
         return self._rows.pop(0)

@@ -11,9 +11,11 @@ from tests.sidecar.world import PATIENCE
 
 
 class Recorder:
-    def __init__(self) -> None:
+    def __init__(self, n: int = 1) -> None:
+        self._left = n  # completions
         self.tokens: list[int] = []
         self.text = ""
+        self.texts: dict[int, str] = {}  # by index of the completion
         self.ends: list[int | RadixError] = []
         self.receipt: Receipt | None = None
         self.calls_after_the_end = 0
@@ -23,9 +25,12 @@ class Recorder:
         self.calls_after_the_end += bool(self.ends)
         self.tokens += delta.token_ids.tolist()
         self.text += delta.text
+        self.texts[delta.index] = self.texts.get(delta.index, "") + delta.text
         if delta.finish:
             self.receipt = delta.receipt
-            self._end(delta.finish)
+            self._left -= 1
+            if not self._left:
+                self._end(delta.finish)
 
     def on_error(self, error: RadixError) -> None:
         self.calls_after_the_end += bool(self.ends)

@@ -14,7 +14,7 @@ import pytest
 
 from radix_backend.errors import Cancelled, InvalidArgument, Unavailable
 from radix_backend.protocol import LENGTH
-from radix_backend.sampling_params import MAX_N, SamplingParams
+from radix_backend.sampling_params import MAX_N, MAX_SEED, SamplingParams
 from radix_backend.sidecar.sink import Delta
 from tests.sidecar.sinks import Recorder
 from tests.sidecar.world import PATIENCE, World, eventually
@@ -71,6 +71,39 @@ def test_an_aborted_request_ends_as_cancelled_and_stops_in_the_gateway(world: Wo
     client.abort([request, request, 12345])
     assert isinstance(sink.end(), Cancelled)
     eventually((world.model / f"aborted-{request * MAX_N}").exists)
+    assert client.stats() == {"num_requests_running": 0}
+    assert len(sink.ends) == 1
+
+
+def test_completions_of_a_prompt_are_told_apart_and_end_together(world: World) -> None:
+    client = world.client()
+    sink = Recorder(3)
+    client.submit(SamplingParams(max_tokens=6, n=3, seed=MAX_SEED - 1), text="abc", sink=sink)
+    assert sink.end() == LENGTH
+    assert sink.texts == {0: "abcabc", 1: "abcabc", 2: "abcabc"}
+    seeds = [int(line) for line in (world.model / "seeds").read_text().split()]
+    assert seeds == [MAX_SEED - 1, MAX_SEED, 0]
+    deltas = list(client.generate("hi", SamplingParams(max_tokens=2, n=2)))
+    assert sorted((delta.index, delta.text) for delta in deltas) == [(0, "h"), (0, "i"), (1, "h"), (1, "i")]
+
+
+def test_all_completions_are_cancelled_with_their_request(world: World) -> None:
+    client = world.client()
+    sink = Recorder(3)
+    request = client.submit(SamplingParams(max_tokens=1_000_000, n=3), text="x", sink=sink)
+    client.abort([request])
+    assert isinstance(sink.end(), Cancelled)
+    for index in range(3):
+        eventually((world.model / f"aborted-{request * MAX_N + index}").exists)
+
+
+def test_a_rejected_completion_ends_its_siblings(world: World) -> None:
+    client = world.client()
+    sink = Recorder(4)
+    request = client.submit(SamplingParams(max_tokens=1_000_000, n=4), text="x", priority=98, sink=sink)
+    assert str(sink.end()) == "priority 98 is nobody's"
+    for index in (0, 1, 3):
+        eventually((world.model / f"aborted-{request * MAX_N + index}").exists)
     assert client.stats() == {"num_requests_running": 0}
     assert len(sink.ends) == 1
 

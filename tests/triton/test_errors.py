@@ -42,7 +42,13 @@ WRONG_REQUESTS: list[tuple[dict[str, Any], str, str]] = [
     ({"text_input": "a", "sampling_parameters": {"topp": 1}}, "INVALID_ARGUMENT", "unknown sampling parameter 'topp'"),
     ({"text_input": "a", "parameters": {"max_tokens": "many"}}, "INVALID_ARGUMENT", "'max_tokens' is 'many'"),
     ({"text_input": "word " * 9000}, "INVALID_ARGUMENT", "8192"),
-    ({"text_input": "a", "return_logprobs": True}, "UNIMPLEMENTED", "return_logprobs"),
+    ({"text_input": "a", "sampling_parameters": {"logprobs": 21}}, "INVALID_ARGUMENT", "'logprobs' is 21; accepted:"),
+    ({"text_input": "a", "sampling_parameters": {"n": 0}}, "INVALID_ARGUMENT", "'n' is 0; accepted: int >= 1"),
+    (
+        {"text_input": "a", "sampling_parameters": {"logit_bias": {"49152": 1}}},
+        "INVALID_ARGUMENT",
+        "'logit_bias' holds 49152; accepted: token ids from 0 to 49151",
+    ),
     ({"text_input": "a", "image": "b"}, "UNIMPLEMENTED", "image"),
 ]
 

@@ -72,6 +72,25 @@ def test_wanted_outputs() -> None:
     assert request.returns == {"return_finish_reason"}
 
 
+@pytest.mark.parametrize(
+    ("logprobs", "returns", "expected"),
+    [
+        (3, {"return_logprobs"}, 3),
+        (3, {"return_logprobs", "return_cumulative_logprob"}, 3),
+        (3, {"return_cumulative_logprob"}, 0),
+        (3, set(), None),
+        (None, {"return_logprobs"}, None),
+        (None, {"return_cumulative_logprob"}, 0),
+    ],
+)
+def test_the_engine_computes_no_logprobs_that_are_not_returned(
+    logprobs: int | None, returns: set[str], expected: int | None
+) -> None:
+    request = parsed({"logprobs": logprobs}, text_input="a", **{name: [True] for name in returns})
+    assert request.params.logprobs == expected
+    assert request.shows_logprobs == (logprobs is not None)
+
+
 def test_empty_image_is_no_image() -> None:
     assert parsed(text_input="a", image=np.array([], dtype=object)).text == "a"
 
@@ -89,7 +108,7 @@ def test_empty_image_is_no_image() -> None:
             "request parameter 'priority' is 'x'; accepted: int",
         ),
         ({"prompt": "b"}, InvalidArgument, "unknown input 'prompt'; accepted: exclude_input_in_output, "),
-        ({"return_cumulative_logprob": [True]}, Unsupported, "input 'return_cumulative_logprob' is true"),
+        ({"image": "b"}, Unsupported, "input 'image' is given, but the served model reads text only; leave it out"),
     ],
 )
 def test_errors_name_the_input_the_value_and_what_is_accepted(
