@@ -142,6 +142,7 @@ class Runner:
         """In slices, so that the logits of a long prompt are never in memory at once."""
         scores: list[TokenLogprobs] = []
         for start in range(0, len(span.tokens), _SCORED_ROWS):
+            self._reporter.progress()
             rows = torch.tensor(span.tokens[start : start + _SCORED_ROWS])
             logprobs = torch.log_softmax(self._model.logits(hidden, rows).float(), dim=-1)
             scores += token_logprobs(logprobs, span.successors[start : start + _SCORED_ROWS], [span.count] * len(rows))
