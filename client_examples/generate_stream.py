@@ -21,8 +21,8 @@ except urllib.error.HTTPError as error:
 
 with events:
     for line in events:
-        if line.startswith(b"data:"):
-            event = json.loads(line.removeprefix(b"data:"))
+        if line := line.removeprefix(b"data:").strip():
+            event = json.loads(line)
             if "error" in event:
                 sys.exit(event["error"])
             print(event["text_output"], end="", flush=True)

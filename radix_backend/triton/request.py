@@ -19,7 +19,7 @@ from radix_backend.validation import convert, show
 
 Array = npt.NDArray[Any]
 
-_NAMES = {tensor["name"] for tensor in INPUTS}
+_NAMES = {tensor.name for tensor in INPUTS}
 
 
 class _Priority(msgspec.Struct):

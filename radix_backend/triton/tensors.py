@@ -2,46 +2,80 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
-Tensor = dict[str, Any]
 
+@dataclass(frozen=True)
+class Tensor:
+    """An input or output; ``size`` -1 is any. ``help`` is what docs/requests.md says of it."""
 
-def _tensor(name: str, data_type: str, size: int) -> Tensor:
-    return {"name": name, "data_type": f"TYPE_{data_type}", "dims": [size]}
+    name: str
+    data_type: str  # Triton's, without TYPE_
+    size: int
+    help: str
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """As in a model configuration."""
+        return {"name": self.name, "data_type": f"TYPE_{self.data_type}", "dims": [self.size]}
 
 
 # One BOOL input each: which outputs to add to the text.
-SWITCHES = (
-    "return_finish_reason",
-    "return_cumulative_logprob",
-    "return_logprobs",
-    "return_num_input_tokens",
-    "return_num_output_tokens",
-    "return_token_ids",
-    "return_cache_receipt",
-)
+SWITCHES = {
+    "return_finish_reason": "adds `finish_reason`",
+    "return_cumulative_logprob": "adds `cumulative_logprob`",
+    "return_logprobs": "adds `logprobs`: those that the sampling parameter `logprobs` asks for",
+    "return_num_input_tokens": "adds `num_input_tokens`",
+    "return_num_output_tokens": "adds `num_output_tokens`",
+    "return_token_ids": "adds `token_ids`",
+    "return_cache_receipt": "adds `cache_receipt`",
+}
 
 INPUTS = (
-    _tensor("text_input", "STRING", 1),
-    _tensor("input_ids", "INT32", -1),
-    _tensor("stream", "BOOL", 1),
-    _tensor("sampling_parameters", "STRING", 1),
-    _tensor("exclude_input_in_output", "BOOL", 1),
-    *(_tensor(name, "BOOL", 1) for name in SWITCHES),
-    _tensor("image", "STRING", -1),
+    Tensor("text_input", "STRING", 1, "the prompt, in UTF-8; this or `input_ids` is required"),
+    Tensor("input_ids", "INT32", -1, "the prompt as token ids, which skips the tokenizer"),
+    Tensor("stream", "BOOL", 1, "true: a response for each piece of text; false, the default: one with all of it"),
+    Tensor("sampling_parameters", "STRING", 1, "a JSON object; its members beat request parameters of the same name"),
+    Tensor(
+        "exclude_input_in_output",
+        "BOOL",
+        1,
+        "false: the text begins with the prompt; by default true for streams and `input_ids` (where false is refused), "
+        "false otherwise",
+    ),
+    *(Tensor(name, "BOOL", 1, help) for name, help in SWITCHES.items()),
+    Tensor("image", "STRING", -1, "declared for vllm_backend's clients; refused unless it is empty"),
 )
 
 OUTPUTS = (
-    _tensor("text_output", "STRING", -1),
-    _tensor("finish_reason", "STRING", -1),
-    _tensor("logprobs", "STRING", -1),
-    _tensor("cumulative_logprob", "FP32", -1),
-    _tensor("prompt_logprobs", "STRING", 1),
-    _tensor("num_input_tokens", "UINT32", 1),
-    _tensor("num_output_tokens", "UINT32", -1),
-    _tensor("token_ids", "INT32", -1),
-    _tensor("cache_receipt", "STRING", 1),
+    Tensor("text_output", "STRING", -1, "the text, or in a stream what is new of it; one element a completion"),
+    Tensor(
+        "finish_reason",
+        "STRING",
+        -1,
+        "`stop`, `length` or `abort`; the text `None` while a stream goes on, as in vllm_backend",
+    ),
+    Tensor(
+        "logprobs",
+        "STRING",
+        -1,
+        'JSON: a list with an object a token, `{"<token id>": {"logprob", "rank", "decoded_token"}}`, the generated token '
+        "first; `null` where the sampling parameter `logprobs` is not set",
+    ),
+    Tensor("cumulative_logprob", "FP32", -1, "the sum over all tokens generated so far"),
+    Tensor(
+        "prompt_logprobs",
+        "STRING",
+        1,
+        "JSON: as `logprobs`, of the prompt's tokens, `null` for the first; where the sampling parameter is set",
+    ),
+    Tensor(
+        "num_input_tokens", "UINT32", 1, "tokens of the prompt; in a stream of `text_input` on the last response only"
+    ),
+    Tensor("num_output_tokens", "UINT32", -1, "generated tokens, in a stream those of this response"),
+    Tensor("token_ids", "INT32", -1, "the generated tokens, in a stream those of this response"),
+    Tensor("cache_receipt", "STRING", 1, "JSON, on the last response: what the request cost, see below"),
 )
 
 
@@ -55,10 +89,10 @@ def declare(config: Any) -> None:
     inputs = {tensor["name"] for tensor in declared["input"]}
     outputs = {tensor["name"] for tensor in declared["output"]}
     for tensor in INPUTS:
-        if tensor["name"] not in inputs:
-            config.add_input(tensor | {"optional": True})
+        if tensor.name not in inputs:
+            config.add_input(tensor.config | {"optional": True})
     for tensor in OUTPUTS:
-        if tensor["name"] not in outputs:
-            config.add_output(tensor)
+        if tensor.name not in outputs:
+            config.add_output(tensor.config)
     config.set_max_batch_size(0)
     config.set_model_transaction_policy({"decoupled": True})

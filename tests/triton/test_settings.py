@@ -70,6 +70,6 @@ class ModelConfig:
 def test_what_the_file_declares_is_not_declared_again() -> None:
     config = ModelConfig(input=[{"name": "input_ids", "data_type": "TYPE_INT64", "dims": [-1]}])
     declare(config)
-    assert {tensor["name"] for tensor in config.inputs} == {tensor["name"] for tensor in INPUTS} - {"input_ids"}
-    assert [tensor["name"] for tensor in config.outputs] == [tensor["name"] for tensor in OUTPUTS]
+    assert {tensor["name"] for tensor in config.inputs} == {tensor.name for tensor in INPUTS} - {"input_ids"}
+    assert [tensor["name"] for tensor in config.outputs] == [tensor.name for tensor in OUTPUTS]
     assert all(tensor["optional"] for tensor in config.inputs)
