@@ -116,21 +116,21 @@ def _bytes(texts: Sequence[str | bytes]) -> Array:
 
 
 def _logprobs(tokens: Sequence[list[Logprob] | None]) -> bytes:
-    """A JSON list with an object a token, as vllm_backend writes it; a generated token beats a likeliest of its id."""
-    return msgspec.json.encode(
-        [
-            token
-            and {
-                str(entry.token_id): {
-                    "logprob": entry.logprob,
-                    "rank": entry.rank,
-                    "decoded_token": entry.decoded_token,
-                }
-                for entry in reversed(token)
-            }
-            for token in tokens
-        ]
-    )
+    """A JSON list with an object a token, as vllm_backend writes it."""
+    return msgspec.json.encode([token and _by_id(token) for token in tokens])
+
+
+def _by_id(token: list[Logprob]) -> dict[str, dict[str, object]]:
+    """The token itself comes first, by which clients know it, and beats a likeliest of its id."""
+    entries: dict[str, dict[str, object]] = {}
+    for entry in token:
+        shown: dict[str, object] = {
+            "logprob": entry.logprob,
+            "rank": entry.rank,
+            "decoded_token": entry.decoded_token,
+        }
+        entries.setdefault(str(entry.token_id), shown)
+    return entries
 
 
 def _receipt(receipts: Sequence[Receipt], namespace: str) -> bytes:
