@@ -60,8 +60,8 @@ OUTPUTS = (
         "logprobs",
         "STRING",
         -1,
-        'JSON: a list with an object a token, `{"<token id>": {"logprob", "rank", "decoded_token"}}`, the generated token '
-        "first; `null` where the sampling parameter `logprobs` is not set",
+        'JSON: a list with an object a token, `{"<token id>": {"logprob", "rank", "decoded_token"}}`, the generated '
+        "token first; `null` where the sampling parameter `logprobs` is not set",
     ),
     Tensor("cumulative_logprob", "FP32", -1, "the sum over all tokens generated so far"),
     Tensor(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import re
 import subprocess
 import sys
@@ -108,6 +109,24 @@ def test_chat(setting: Setting, engine: EngineClient, embedded_model_dir: Path) 
     assert answer == setting.completion(engine.render_chat(conversation), 64)
     conversation += [{"role": "assistant", "content": answer}, {"role": "user", "content": questions[1]}]
     assert next_answer == setting.completion(engine.render_chat(conversation), 64)
+
+
+def test_logprobs(setting: Setting) -> None:
+    *tokens, total = setting.run("logprobs.py", setting.http).splitlines()
+    shown = [re.findall(r"('.*?'|\".*?\") ([\d.]+)%", line) for line in tokens]
+    assert "".join(ast.literal_eval(chosen) for (chosen, _), *_ in shown) == setting.completion(PROMPT, 6)
+    shares = [[float(share) for _, share in line] for line in shown]
+    assert shares == [sorted(line, reverse=True) for line in shares]  # greedy: the chosen one is the likeliest
+    assert {len(line) for line in shares} == {3}
+    assert total == f"all of it: {100 * math.prod(line[0] / 100 for line in shares):.2f}%"
+
+
+def test_n(setting: Setting) -> None:
+    lines = setting.run("n.py", setting.http).splitlines()
+    sampled = {"text_input": PROMPT, "max_tokens": 12, "exclude_input_in_output": True, "temperature": 0.9}
+    texts = [str(setting.server.generate(seed=seed, **sampled)["text_output"]) for seed in (7, 8, 9)]
+    assert lines == [f"12 tokens, length: {text!r}" for text in texts]
+    assert len(set(texts)) == 3
 
 
 def test_shared_prefix(setting: Setting) -> None:
