@@ -74,7 +74,12 @@ OUTPUTS = (
         "num_input_tokens", "UINT32", 1, "tokens of the prompt; in a stream of `text_input` on the last response only"
     ),
     Tensor("num_output_tokens", "UINT32", -1, "generated tokens, in a stream those of this response"),
-    Tensor("token_ids", "INT32", -1, "the generated tokens, in a stream those of this response"),
+    Tensor(
+        "token_ids",
+        "INT32",
+        -1,
+        "the generated tokens, in a stream those of this response; of all completions, one after the other",
+    ),
     Tensor("cache_receipt", "STRING", 1, "JSON, on the last response: what the request cost, see below"),
 )
 

@@ -75,6 +75,8 @@ def test_wrong_request_leaves_its_stream_usable(server: TritonServer) -> None:
 def test_wrong_requests_over_http(server: TritonServer, engine: EngineClient) -> None:
     status, answer = server.post("/v2/models/radix/generate", {"text_input": "a", "temperature": -1})
     assert (status, answer["error"]) == (400, "sampling parameter 'temperature' is -1; accepted: float >= 0.0")
+    status, answer = server.post("/v2/models/radix/generate", {"text_input": "a", "image": "b"})
+    assert (status, answer["error"].split(",")[0]) == (400, "input 'image' is given")
     assert server.generate(text_input="a", max_tokens=1)["text_output"]
     assert engine.stats()["requests_running"] == 0
 

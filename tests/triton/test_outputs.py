@@ -109,6 +109,13 @@ def test_logprobs_are_null_where_not_asked_for_and_still_add_up(tiny: TritonServ
     assert silent["cumulative_logprob"][0] < 0
 
 
+def test_log_probabilities_begin_with_the_generated_token(tiny: TritonServer) -> None:
+    whole = everything(tiny, stream=False)[0].outputs
+    tokens = json.loads(whole["logprobs"][0])
+    assert [int(next(iter(token))) for token in tokens] == whole["token_ids"]
+    assert any(next(iter(token.values()))["rank"] > 1 for token in tokens)
+
+
 @pytest.mark.parametrize("stop", [1, 4, 9])
 @pytest.mark.parametrize("streamed", [True, False])
 def test_a_stop_cuts_text_ids_counts_and_logprobs_alike(
