@@ -253,7 +253,8 @@ class _Inbox:
         self._put = put
 
     def on_delta(self, delta: Delta) -> None:
-        self._put(delta)
+        if not delta.num_input_tokens:  # the receipt will tell
+            self._put(delta)
 
     def on_error(self, error: RadixError) -> None:
         self._put(error)

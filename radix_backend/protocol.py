@@ -159,6 +159,13 @@ class Update(Message):
     logprobs: list[list[list[Logprob]]] = []
 
 
+class Admitted(Message):
+    """The request's prompt was tokenized. Comes before everything else but a `Rejected`."""
+
+    id: int
+    num_input_tokens: int
+
+
 class PromptLogprobs(Message):
     """Of the next tokens of a request's prompt, from the second on; all come before its first generated token."""
 
@@ -183,7 +190,7 @@ class Reply(Message):
     message: str = ""
 
 
-GatewayMessage = Welcome | Refused | Update | PromptLogprobs | Rejected | Reply
+GatewayMessage = Welcome | Refused | Admitted | Update | PromptLogprobs | Rejected | Reply
 
 # ── gateway → engine ──────────────────────────────────────────────────────────────────────
 

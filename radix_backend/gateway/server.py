@@ -26,6 +26,7 @@ from radix_backend.protocol import (
     RUNNING,
     STOP,
     Abort,
+    Admitted,
     ClientMessage,
     Detokenize,
     EngineMessage,
@@ -213,6 +214,7 @@ class Gateway:
         except InvalidArgument as error:
             self._refuse(request, error)
             return
+        self._doors.send(request.door, Admitted(request.client_id, len(admit.input_ids) // 4))
         row = request.replay(admit)
         receipt = None
         if row.finish == RUNNING:

@@ -28,6 +28,7 @@ from radix_backend.errors import Cancelled, RadixError, Unavailable, from_code
 from radix_backend.protocol import (
     PROTOCOL_VERSION,
     Abort,
+    Admitted,
     GatewayMessage,
     Goodbye,
     Hello,
@@ -323,6 +324,9 @@ class Connection(threading.Thread):
                 message = self._decoder.decode(gateway.recv(zmq.NOBLOCK))
                 if isinstance(message, Update):
                     self._update(message)
+                elif isinstance(message, Admitted):
+                    index, count = message.id % MAX_N, message.num_input_tokens
+                    self._give(message.id, Delta(_NO_TOKENS, "", index=index, num_input_tokens=count))
                 elif isinstance(message, PromptLogprobs):
                     self._give(message.id, Delta(_NO_TOKENS, "", prompt_logprobs=message.tokens))
                 elif isinstance(message, Rejected):

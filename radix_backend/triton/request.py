@@ -39,13 +39,6 @@ class Request:
     returns: frozenset[str] = frozenset()  # the switches that are on
     shows_logprobs: bool = False  # `params.logprobs` may also be on because they are to be added up
 
-    @property
-    def num_input_tokens(self) -> int | None:
-        """None where only the engine can tell."""
-        if self.input_ids is None or self.params.truncate_prompt_tokens is not None:
-            return None
-        return int(self.input_ids.size)
-
 
 def parse(tensors: Mapping[str, Array], parameters: str) -> Request:
     """``tensors`` by input name; ``parameters``: the request parameters as a JSON object, or "".

@@ -47,9 +47,12 @@ class Answer:
     def __init__(self, n: int = 1) -> None:
         self.choices = [Choice() for _ in range(n)]
         self.prompt_logprobs: list[list[Logprob]] = []
+        self.num_input_tokens = 0
 
     def add(self, delta: Delta) -> None:
-        if delta.prompt_logprobs:
+        if delta.num_input_tokens:
+            self.num_input_tokens = delta.num_input_tokens
+        elif delta.prompt_logprobs:
             self.prompt_logprobs += delta.prompt_logprobs
         else:
             self.choices[delta.index].add(delta)
@@ -96,10 +99,7 @@ def _encode(request: Request, answer: Answer, namespace: str) -> list[tuple[str,
         sums = [choice.cumulative_logprob for choice in choices]
         tensors.append(("cumulative_logprob", np.array(sums, dtype=np.float32)))
     if "return_num_input_tokens" in returns:
-        if request.num_input_tokens is not None:
-            tensors.append(("num_input_tokens", np.array([request.num_input_tokens], dtype=np.uint32)))
-        elif receipts:
-            tensors.append(("num_input_tokens", np.array([receipts[0].num_input_tokens], dtype=np.uint32)))
+        tensors.append(("num_input_tokens", np.array([answer.num_input_tokens], dtype=np.uint32)))
     if "return_num_output_tokens" in returns:
         counts = [len(choice.token_ids) for choice in choices]
         tensors.append(("num_output_tokens", np.array(counts, dtype=np.uint32)))

@@ -70,9 +70,7 @@ OUTPUTS = (
         1,
         "JSON: as `logprobs`, of the prompt's tokens, `null` for the first; where the sampling parameter is set",
     ),
-    Tensor(
-        "num_input_tokens", "UINT32", 1, "tokens of the prompt; in a stream of `text_input` on the last response only"
-    ),
+    Tensor("num_input_tokens", "UINT32", 1, "tokens of the prompt"),
     Tensor("num_output_tokens", "UINT32", -1, "generated tokens, in a stream those of this response"),
     Tensor(
         "token_ids",

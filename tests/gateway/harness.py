@@ -18,6 +18,7 @@ from radix_backend.protocol import (
     PROTOCOL_VERSION,
     RUNNING,
     Admit,
+    Admitted,
     EngineCommand,
     Finish,
     GatewayMessage,
@@ -110,6 +111,7 @@ class Client:
         self._socket.linger = 0
         self._socket.connect(address)
         self._rows: list[Row] = []
+        self.prompt_lengths: dict[int, int] = {}  # of the requests that were admitted
         self.send(hello or Hello(PROTOCOL_VERSION, ""))
         self.greeting = self.receive()
 
@@ -127,11 +129,13 @@ class Client:
         self._socket.send(msgspec.msgpack.encode(["Submit", *message]))
 
     def receive(self, probes: bool = False) -> Any:
-        """The next message; ``probes`` (empty updates) are passed over unless asked for."""
+        """The next message but for `Admitted`; ``probes`` (empty updates) are passed over unless asked for."""
         while True:
             assert self._socket.poll(TIMEOUT_MS), "the gateway sent nothing"
             message = msgspec.msgpack.decode(self._socket.recv(), type=GatewayMessage)
-            if probes or not isinstance(message, Update) or message.ids:
+            if isinstance(message, Admitted):
+                self.prompt_lengths[message.id] = message.num_input_tokens
+            elif probes or not isinstance(message, Update) or message.ids:
                 return message
 
     def row(self) -> Row:
@@ -165,7 +169,7 @@ class Client:
     def hears_nothing(self) -> bool:
         while self._socket.poll(QUIET_MS):
             message = msgspec.msgpack.decode(self._socket.recv(), type=GatewayMessage)
-            if not isinstance(message, Update) or message.ids:
+            if not isinstance(message, Admitted) and (not isinstance(message, Update) or message.ids):
                 return False
         return True
 

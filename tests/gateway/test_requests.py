@@ -47,6 +47,13 @@ def test_a_prompt_is_admitted_as_the_engine_wants_it(sidecar: Sidecar, client: C
     assert (admit.params.max_tokens, admit.params.seed, admit.priority) == (3, 1, -2)
 
 
+def test_a_door_learns_how_long_its_prompt_is(sidecar: Sidecar, client: Client) -> None:
+    admit = admitted(sidecar, client, text="the fox")
+    sidecar.engine.step((admit.id, ids_of("a"), RUNNING))
+    assert client.row().text == "a"
+    assert client.prompt_lengths == {7: len(ids_of("the fox"))}
+
+
 def test_token_ids_are_admitted_as_they_are(sidecar: Sidecar, client: Client) -> None:
     admit = admitted(sidecar, client, text=None, input_ids=column([3, 2, 1], "<i4"), params={"ignore_eos": True})
     assert array(admit.input_ids, "<i4").tolist() == [3, 2, 1]

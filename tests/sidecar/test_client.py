@@ -84,7 +84,12 @@ def test_completions_of_a_prompt_are_told_apart_and_end_together(world: World) -
     seeds = [int(line) for line in (world.model / "seeds").read_text().split()]
     assert seeds == [MAX_SEED - 1, MAX_SEED, 0]
     deltas = list(client.generate("hi", SamplingParams(max_tokens=2, n=2)))
-    assert sorted((delta.index, delta.text) for delta in deltas) == [(0, "h"), (0, "i"), (1, "h"), (1, "i")]
+    assert sorted((delta.index, delta.text) for delta in deltas) == [
+        (0, "h"),
+        (0, "i"),
+        (1, "h"),
+        (1, "i"),
+    ]
 
 
 def test_all_completions_are_cancelled_with_their_request(world: World) -> None:

@@ -11,6 +11,7 @@ from radix_backend.protocol import (
     LENGTH,
     RUNNING,
     Abort,
+    Admitted,
     ClientMessage,
     Detokenize,
     Hello,
@@ -57,6 +58,7 @@ def handle(client, message):
             send(client, Rejected(message.id, "INVALID_ARG", f"priority {message.priority} is nobody's"))
         else:
             echo = prompt * (message.params.max_tokens // len(prompt) + 1)
+            send(client, Admitted(message.id, len(prompt)))
             running[client, message.id] = echo[: message.params.max_tokens]
     elif isinstance(message, Abort):
         for request in message.ids:
