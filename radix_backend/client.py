@@ -110,6 +110,8 @@ class EngineClient:
         *,
         text: str | None = None,
         input_ids: TokenIds | None = None,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         sink: Sink,
         priority: int = 0,
         output_ids: TokenIds = (),
@@ -122,8 +124,10 @@ class EngineClient:
         (``params.n``) each is scheduled for itself; if one of them is refused, all end.
         Raises Unavailable when the engine is not ready, InvalidArgument for a prompt that is none.
         """
-        if (text is None) == (input_ids is None):
-            raise InvalidArgument("a prompt is either 'text' or 'input_ids': accepted: exactly one of them")
+        if sum(prompt is not None for prompt in (text, input_ids, messages)) != 1:
+            raise InvalidArgument("a prompt is 'text', 'input_ids' or 'messages'; accepted: exactly one of them")
+        if messages is not None and not messages:
+            raise InvalidArgument("'messages' is empty; accepted: at least one message")
         if self.status.state != "ready":
             raise self._connection.unavailable()
         if params.seed is None:
@@ -138,6 +142,8 @@ class EngineClient:
             _token_column("output_ids", output_ids) if len(output_ids) else b"",
             emitted_chars,
             add_special_tokens,
+            [dict(message) for message in messages or ()],
+            dict(chat_template_kwargs or {}),
         )
         self._connection.post(partial(self._connection.submit, request, sink, message))
         return request

@@ -61,6 +61,8 @@ class Submit(Message):
     output_ids: bytes = b""  # "<i4"
     emitted_chars: int = 0
     add_special_tokens: bool = True  # to `text`, as the tokenizer would (a BOS); False for what `RenderChat` gave
+    messages: list[dict[str, Any]] = []  # or the prompt: a conversation, for the model's chat template
+    chat_template_kwargs: dict[str, Any] = {}  # further variables of the template
 
 
 class Abort(Message):

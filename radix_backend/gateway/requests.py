@@ -137,9 +137,11 @@ def check(submit: Submit, model: ModelInfo) -> None:
     """What can be said before the prompt is tokenized. Raises InvalidArgument."""
     if submit.id not in _INT64:
         raise InvalidArgument(f"'id' is {submit.id}; accepted: 64-bit integers")
-    if (submit.text is None) == (not submit.input_ids):
-        given = "neither is" if submit.text is None else "both are"
-        raise InvalidArgument(f"exactly one of 'text_input' and 'input_ids' is accepted; {given} given")
+    given = [submit.text is not None, bool(submit.input_ids), bool(submit.messages)]
+    if sum(given) != 1:
+        raise InvalidArgument(
+            f"exactly one of 'text_input', 'input_ids' and 'messages' is accepted; {sum(given)} are given"
+        )
     if submit.params.seed is None:
         raise InvalidArgument("sampling parameter 'seed' is None; accepted: one that the client drew")
     if submit.params.n != 1:
@@ -160,13 +162,13 @@ def check(submit: Submit, model: ModelInfo) -> None:
 
 def to_admit(id: int, submit: Submit, prompt: Ids, model: ModelInfo, codec: TextCodec) -> Admit:
     """``submit`` in the engine's terms. Raises InvalidArgument when the prompt is empty or too long."""
-    name = "input_ids" if submit.text is None else "text_input"
+    name = "input_ids" if submit.input_ids else "messages" if submit.messages else "text_input"
     prompt = _truncate(prompt, submit.params, model)
     room = model.context_len - len(prompt)
     if not len(prompt) or room < 1:
         accepted = f"1 to {model.context_len - 1} (the context of {model.context_len}, less one to generate)"
         raise InvalidArgument(f"{name!r} is {len(prompt)} tokens long; accepted: {accepted}")
-    if submit.text is not None:
+    if not submit.input_ids:
         _check_ids(name, prompt.tobytes(), model)  # a tokenizer may know tokens that the model has no embedding for
     params = submit.params
     stop_token_ids = set(params.stop_token_ids)

@@ -191,20 +191,26 @@ class Gateway:
         request = Request(next(self._ids), door, submit, self._codec)
         self._requests[request.id] = request
         door.requests[submit.id] = request.id
-        if submit.text is None:
+        if submit.input_ids:
             self._admit(request, submit, array(submit.input_ids, "<i4"))
         else:
-            self._tokenize(request, submit, submit.text)
+            self._tokenize(request, submit)
 
-    def _tokenize(self, request: Request, submit: Submit, text: str) -> None:
+    def _tokenize(self, request: Request, submit: Submit) -> None:
         def job() -> Callable[[], None]:
             try:
-                prompt = self._codec.encode(text, submit.add_special_tokens)
+                prompt = self._prompt(submit)
             except InvalidArgument as error:
                 return partial(self._refuse, request, error)
             return partial(self._admit, request, submit, prompt)
 
-        self._run(job, len(text))
+        self._run(job, len(submit.text or "") + sum(len(str(message)) for message in submit.messages))
+
+    def _prompt(self, submit: Submit) -> npt.NDArray[np.int32]:
+        if submit.text is not None:
+            return self._codec.encode(submit.text, submit.add_special_tokens)
+        text = self._chat.render(submit.messages, True, submit.chat_template_kwargs)
+        return self._codec.encode(text, add_special_tokens=False)
 
     def _admit(self, request: Request, submit: Submit, prompt: npt.NDArray[np.int32]) -> None:
         if request.id not in self._requests:

@@ -66,6 +66,8 @@ class Bridge:
                 request.params,
                 text=request.text,
                 input_ids=request.input_ids,
+                messages=request.messages,
+                chat_template_kwargs=request.chat_template_kwargs,
                 priority=request.priority,
                 sink=self._recorder.watch(slot),
             )

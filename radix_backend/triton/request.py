@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import msgspec
@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from radix_backend.errors import InvalidArgument, Unsupported
 from radix_backend.sampling_params import SamplingParams
-from radix_backend.triton.tensors import INPUTS, SWITCHES
+from radix_backend.triton.tensors import INPUTS, PROMPTS, SWITCHES
 from radix_backend.validation import convert, show
 
 Array = npt.NDArray[Any]
@@ -32,7 +32,9 @@ class Request:
 
     params: SamplingParams
     text: str | None  # the prompt: text,
-    input_ids: Array | None  # or token ids
+    input_ids: Array | None  # or token ids,
+    messages: list[dict[str, Any]] | None = None  # or a conversation
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     priority: int = 0  # lower is served earlier
     stream: bool = False
     echo: str = ""  # what precedes the generated text in the output
@@ -59,13 +61,15 @@ def parse(tensors: Mapping[str, Array], parameters: str) -> Request:
     priority = convert(_Priority, {"priority": values.pop("priority", 0)}, "request parameter").priority
     params = SamplingParams.parse(values)
     return Request(
-        replace(params, logprobs=_logprobs(params, returns)),
-        text,
-        input_ids,
-        priority,
-        stream,
-        _echo(text, stream, _flag(tensors, "exclude_input_in_output")),
-        returns,
+        params=replace(params, logprobs=_logprobs(params, returns)),
+        text=text,
+        input_ids=input_ids,
+        messages=_messages(tensors) if "messages" in tensors else None,
+        chat_template_kwargs=_template_kwargs(tensors),
+        priority=priority,
+        stream=stream,
+        echo=_echo(text, stream, _flag(tensors, "exclude_input_in_output")),
+        returns=returns,
         shows_logprobs=params.logprobs is not None,
     )
 
@@ -87,15 +91,38 @@ def _logprobs(params: SamplingParams, returns: frozenset[str]) -> int | None:
 
 
 def _prompt(tensors: Mapping[str, Array]) -> tuple[str | None, Array | None]:
-    if ("text_input" in tensors) == ("input_ids" in tensors):
-        given = "both are given" if "text_input" in tensors else "neither is given"
-        raise InvalidArgument(f"a prompt is either 'text_input' or 'input_ids'; {given}, accepted: exactly one")
+    given = [name for name in PROMPTS if name in tensors]
+    if len(given) != 1:
+        names = ", ".join(map(repr, PROMPTS))
+        raise InvalidArgument(f"a prompt is one of {names}; given: {', '.join(given) or 'none'}, accepted: exactly one")
     if "text_input" in tensors:
         return _string(tensors, "text_input"), None
+    if "messages" in tensors:
+        return None, None
     ids = tensors["input_ids"]
     if ids.dtype.kind != "i" or ids.ndim != 1:
         raise InvalidArgument(f"input 'input_ids' is {_describe(ids)}; accepted: INT32 or INT64 of shape [-1]")
     return None, ids.copy()  # Triton's memory goes with the request
+
+
+def _messages(tensors: Mapping[str, Array]) -> list[dict[str, Any]]:
+    text = _string(tensors, "messages")
+    accepted = "a JSON list of objects, at least one"
+    try:
+        messages = msgspec.json.decode(text, type=list[dict[str, Any]])
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise InvalidArgument(f"input 'messages' is {show(text)}; accepted: {accepted} ({error})") from None
+    if not messages:
+        raise InvalidArgument(f"input 'messages' is {show(text)}; accepted: {accepted}")
+    return messages
+
+
+def _template_kwargs(tensors: Mapping[str, Array]) -> dict[str, Any]:
+    if "chat_template_kwargs" not in tensors:
+        return {}
+    if "messages" not in tensors:
+        raise InvalidArgument("input 'chat_template_kwargs' is given; accepted beside 'messages' only")
+    return _object("input 'chat_template_kwargs'", _string(tensors, "chat_template_kwargs"))
 
 
 def _echo(text: str | None, stream: bool, exclude: bool | None) -> str:
@@ -107,7 +134,7 @@ def _echo(text: str | None, stream: bool, exclude: bool | None) -> str:
     if stream:
         raise InvalidArgument("input 'exclude_input_in_output' is false; accepted when 'stream' is true: true")
     if text is None:
-        raise InvalidArgument("input 'exclude_input_in_output' is false; accepted with 'input_ids': true")
+        raise InvalidArgument("input 'exclude_input_in_output' is false; accepted with 'text_input' only")
     return text
 
 

@@ -21,6 +21,8 @@ class Tensor:
         return {"name": self.name, "data_type": f"TYPE_{self.data_type}", "dims": [self.size]}
 
 
+PROMPTS = ("text_input", "input_ids", "messages")
+
 # One BOOL input each: which outputs to add to the text.
 SWITCHES = {
     "return_finish_reason": "adds `finish_reason`",
@@ -33,16 +35,23 @@ SWITCHES = {
 }
 
 INPUTS = (
-    Tensor("text_input", "STRING", 1, "the prompt, in UTF-8; this or `input_ids` is required"),
+    Tensor("text_input", "STRING", 1, "the prompt, in UTF-8; this, `input_ids` or `messages` is required"),
     Tensor("input_ids", "INT32", -1, "the prompt as token ids, which skips the tokenizer"),
+    Tensor(
+        "messages",
+        "STRING",
+        1,
+        'the prompt as a conversation, which the model\'s chat template renders: JSON, a list of `{"role", "content"}`',
+    ),
+    Tensor("chat_template_kwargs", "STRING", 1, "a JSON object: further variables of the chat template"),
     Tensor("stream", "BOOL", 1, "true: a response for each piece of text; false, the default: one with all of it"),
     Tensor("sampling_parameters", "STRING", 1, "a JSON object; its members beat request parameters of the same name"),
     Tensor(
         "exclude_input_in_output",
         "BOOL",
         1,
-        "false: the text begins with the prompt; by default true for streams and `input_ids` (where false is refused), "
-        "false otherwise",
+        "false: the text begins with the prompt; by default true for streams, `input_ids` and `messages` (where false "
+        "is refused), false otherwise",
     ),
     *(Tensor(name, "BOOL", 1, help) for name, help in SWITCHES.items()),
     Tensor("image", "STRING", -1, "declared for vllm_backend's clients; refused unless it is empty"),

@@ -35,6 +35,7 @@ from radix_backend.protocol import (
     array,
     column,
 )
+from radix_backend.sampling_params import SamplingParams
 
 TIMEOUT_MS = 20_000  # for what must happen
 QUIET_MS = 300  # for what must not
@@ -124,8 +125,10 @@ class Client:
     def submit(self, id: int, text: str | None = "the", **fields: Any) -> None:
         """Written field by field, so that it may be wrong."""
         params = {"seed": 1, "max_tokens": 100} | fields.pop("params", {})
+        usual = msgspec.msgpack.decode(msgspec.msgpack.encode(Submit(id, SamplingParams())))[1:]
         given = {"id": id, "params": params, "text": text} | fields
-        message = [given.get(field.name, field.default) for field in msgspec.structs.fields(Submit)]
+        names = (field.name for field in msgspec.structs.fields(Submit))
+        message = [given.get(name, value) for name, value in zip(names, usual, strict=True)]
         self._socket.send(msgspec.msgpack.encode(["Submit", *message]))
 
     def receive(self, probes: bool = False) -> Any:

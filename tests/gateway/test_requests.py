@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +23,7 @@ from radix_backend.protocol import (
     column,
 )
 from tests.gateway.harness import Client, Sidecar
-from tests.gateway.small_models import CONTEXT_LEN, byte_level
+from tests.gateway.small_models import CONTEXT_LEN, byte_level, sentencepiece, write_model
 
 TOKENIZER = byte_level()
 EOS = 1
@@ -54,6 +57,26 @@ def test_a_door_learns_how_long_its_prompt_is(sidecar: Sidecar, client: Client) 
     assert client.prompt_lengths == {7: len(ids_of("the fox"))}
 
 
+def test_a_conversation_is_rendered_and_gets_no_further_special_tokens(
+    start_sidecar: Callable[..., Sidecar], tmp_path: Path
+) -> None:
+    tokenizer = sentencepiece()  # adds a BOS to plain text
+    model_dir = write_model(tmp_path / "model", tokenizer)
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ mark }}{% endfor %}"
+    facts = {"bos_token": "<bos>", "chat_template": template}
+    (model_dir / "tokenizer_config.json").write_text(json.dumps(facts))
+    sidecar = start_sidecar(model_dir)
+    sidecar.report("ready")
+    client = sidecar.client()
+    messages = [{"role": "user", "content": "the fox"}]
+    admit = admitted(sidecar, client, text=None, messages=messages, chat_template_kwargs={"mark": "!"})
+    expected = tokenizer.encode("<bos>the fox!", add_special_tokens=False).ids
+    assert array(admit.input_ids, "<i4").tolist() == expected
+    client.submit(8, None, messages=[{"content": "no role"}])
+    assert "'messages' holds {'content': 'no role'}; accepted: objects with a string 'role'" in client.receive().message
+    client.close()
+
+
 def test_token_ids_are_admitted_as_they_are(sidecar: Sidecar, client: Client) -> None:
     admit = admitted(sidecar, client, text=None, input_ids=column([3, 2, 1], "<i4"), params={"ignore_eos": True})
     assert array(admit.input_ids, "<i4").tolist() == [3, 2, 1]
@@ -69,8 +92,8 @@ def test_limits_are_brought_into_the_context_and_the_vocabulary(sidecar: Sidecar
 @pytest.mark.parametrize(
     ("submit", "complaint"),
     [
-        ({"text": None}, "exactly one of 'text_input' and 'input_ids' is accepted; neither is given"),
-        ({"input_ids": column([2], "<i4")}, "both are given"),
+        ({"text": None}, "exactly one of 'text_input', 'input_ids' and 'messages' is accepted; 0 are given"),
+        ({"input_ids": column([2], "<i4")}, "2 are given"),
         ({"text": ""}, f"'text_input' is 0 tokens long; accepted: 1 to {CONTEXT_LEN - 1}"),
         ({"text": "\x00" * CONTEXT_LEN}, f"'text_input' is {CONTEXT_LEN} tokens long; accepted: 1 to"),
         ({"text": "\x00" * 5000}, "'text_input' is 5000 tokens long"),

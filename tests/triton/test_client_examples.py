@@ -8,7 +8,6 @@ import math
 import re
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -100,10 +99,9 @@ def test_token_ids(setting: Setting, engine: EngineClient) -> None:
     assert engine.detokenize([int(token) for token, _ in lines]) == text
 
 
-def test_chat(setting: Setting, engine: EngineClient, embedded_model_dir: Path) -> None:
+def test_chat(setting: Setting, engine: EngineClient) -> None:
     questions = ["What is the capital of France?", "And of Italy?"]
-    printed = setting.run("chat.py", "--url", setting.grpc, "--tokenizer", str(embedded_model_dir), *questions)
-    asked, answer, asked_next, next_answer = printed.splitlines()
+    asked, answer, asked_next, next_answer = setting.run("chat.py", "--url", setting.http, *questions).splitlines()
     assert [asked, asked_next] == [f"> {question}" for question in questions]
     conversation = [{"role": "user", "content": questions[0]}]
     assert answer == setting.completion(engine.render_chat(conversation), 64)

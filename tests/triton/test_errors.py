@@ -18,8 +18,8 @@ from tests.triton.server import TritonServer
 pytestmark = [pytest.mark.server, pytest.mark.model]
 
 WRONG_REQUESTS: list[tuple[dict[str, Any], str, str]] = [
-    ({}, "INVALID_ARGUMENT", "'text_input' or 'input_ids'; neither is given"),
-    ({"text_input": "a", "input_ids": [1]}, "INVALID_ARGUMENT", "both are given"),
+    ({}, "INVALID_ARGUMENT", "one of 'text_input', 'input_ids', 'messages'; given: none"),
+    ({"text_input": "a", "input_ids": [1]}, "INVALID_ARGUMENT", "given: text_input, input_ids, accepted: exactly one"),
     (
         {"text_input": np.array([b"\xff"], dtype=object)},
         "INVALID_ARGUMENT",

@@ -39,8 +39,16 @@ def test_prompt_is_repeated_in_whole_answers_by_default(inputs: dict[str, Any], 
 
 def test_prompt_of_token_ids_is_never_repeated() -> None:
     assert parsed(input_ids=[1, 2]).echo == ""
-    with pytest.raises(InvalidArgument, match="accepted with 'input_ids': true"):
+    with pytest.raises(InvalidArgument, match="accepted with 'text_input' only"):
         parsed(input_ids=[1, 2], exclude_input_in_output=[False])
+
+
+def test_a_conversation_is_a_prompt() -> None:
+    conversation = [{"role": "user", "content": "hello"}]
+    request = parsed(messages=json.dumps(conversation), chat_template_kwargs='{"enable_thinking": false}')
+    assert (request.text, request.input_ids, request.messages) == (None, None, conversation)
+    assert request.chat_template_kwargs == {"enable_thinking": False}
+    assert request.echo == ""
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
@@ -101,13 +109,15 @@ def test_empty_image_is_no_image() -> None:
         ({"stream": [1.5]}, InvalidArgument, "input 'stream' is float64 of shape [1]; accepted: BOOL of shape [1]"),
         ({"stream": [True, False]}, InvalidArgument, "input 'stream' is bool of shape [2]"),
         ({"sampling_parameters": [3]}, InvalidArgument, "input 'sampling_parameters' is int64 of shape [1]"),
+        ({"messages": "[]"}, InvalidArgument, "given: text_input, messages, accepted: exactly one"),
+        ({"chat_template_kwargs": "{}"}, InvalidArgument, "accepted beside 'messages' only"),
         ({"sampling_parameters": "3"}, InvalidArgument, "input 'sampling_parameters' is '3'; accepted: a JSON object"),
         (
             {"sampling_parameters": '{"priority": "x"}'},
             InvalidArgument,
             "request parameter 'priority' is 'x'; accepted: int",
         ),
-        ({"prompt": "b"}, InvalidArgument, "unknown input 'prompt'; accepted: exclude_input_in_output, "),
+        ({"prompt": "b"}, InvalidArgument, "unknown input 'prompt'; accepted: chat_template_kwargs, exclude"),
         ({"image": "b"}, Unsupported, "input 'image' is given, but the served model reads text only; leave it out"),
     ],
 )
@@ -123,3 +133,11 @@ def test_token_ids_of_another_shape_or_type_are_refused() -> None:
     for ids in ([[1, 2]], [1.0]):
         with pytest.raises(InvalidArgument, match="accepted: INT32 or INT64 of shape"):
             parsed(input_ids=ids)
+
+
+@pytest.mark.parametrize("messages", ["[]", "{}", "[1]", "[", '"text"', "[" * 100_000])
+def test_what_is_no_conversation_is_refused(messages: str) -> None:
+    with pytest.raises(
+        InvalidArgument, match=r"input 'messages' is .*; accepted: a JSON list of objects, at least one"
+    ):
+        parsed(messages=messages)
