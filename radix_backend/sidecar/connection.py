@@ -87,7 +87,7 @@ class Connection(threading.Thread):
         if ``engine_endpoint`` says that somebody else starts it."""
         super().__init__(name="radix-client", daemon=True)
         self._config = config
-        self._request = Lease(PROTOCOL_VERSION, config.identity(), on_log is not None, parent)
+        self._request = Lease(PROTOCOL_VERSION, config.identity(), on_log is not None, parent, config.linger)
         self._on_log = on_log
         self._on_status = on_status
         self._run_dir = RunDir.of(config)
