@@ -32,7 +32,7 @@ from radix_backend.protocol import (
     column,
 )
 from radix_backend.sampling_params import SamplingParams
-from radix_backend.sidecar.connection import Connection
+from radix_backend.sidecar.connection import Connection, encode
 from radix_backend.sidecar.sink import Delta, Sink
 from radix_backend.validation import show
 
@@ -145,7 +145,7 @@ class EngineClient:
             [dict(message) for message in messages or ()],
             dict(chat_template_kwargs or {}),
         )
-        self._connection.post(partial(self._connection.submit, request, sink, message))
+        self._connection.post(partial(self._connection.submit, request, sink, encode(request, message)))
         return request
 
     def abort(self, ids: Sequence[int]) -> None:

@@ -79,7 +79,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         str | None,
         Meta(description="runtime directory of a sidecar that `radix-backend engine` started elsewhere; starts none"),
     ] = None
-    linger: Annotated[float, Meta(ge=0, le=3600, description="seconds the sidecar outlives its last client")] = 3.0
+    linger: Annotated[
+        float, Meta(ge=0, le=3600, description="seconds the sidecar outlives this client if it was the last")
+    ] = 3.0
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> EngineConfig:

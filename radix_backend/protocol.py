@@ -312,6 +312,7 @@ class Lease(msgspec.Struct, frozen=True, tag=True):
     identity: str
     wants_logs: bool = False
     parent: int = 0  # if this process dies, so must the client: the supervisor kills an orphan
+    linger: float = 0.0  # seconds that the sidecar outlives this client, if it was the last one
 
 
 class Goodbye(msgspec.Struct, frozen=True, tag=True):

@@ -20,6 +20,8 @@ MAX_N = 128
 MAX_LOGPROBS = 20
 MAX_BIAS = 100.0
 
+_LARGEST = 2**63 - 1  # that messages to the engine and its arrays hold
+_Int64 = Annotated[int, Meta(ge=-_LARGEST - 1, le=_LARGEST)]
 _Likeliest = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None
 
 _ALIASES = {"max_new_tokens": "max_tokens"}
@@ -37,10 +39,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """
 
     n: Annotated[int, Meta(ge=1, le=MAX_N, description="completions of the prompt; the i-th draws with seed + i")] = 1
-    max_tokens: Annotated[int, Meta(ge=1, description="most tokens to generate")] = 16
-    min_tokens: Annotated[int, Meta(ge=0, description="no stop is honoured before this many tokens")] = 0
+    max_tokens: Annotated[int, Meta(ge=1, le=_LARGEST, description="most tokens to generate")] = 16
+    min_tokens: Annotated[int, Meta(ge=0, le=_LARGEST, description="no stop is honoured before this many tokens")] = 0
     temperature: Annotated[float, Meta(ge=0, description="0 is greedy (argmax)")] = 1.0
-    top_k: Annotated[int, Meta(ge=-1, description="keep the k likeliest tokens; -1 or 0: all")] = -1
+    top_k: Annotated[int, Meta(ge=-1, le=_LARGEST, description="keep the k likeliest tokens; -1 or 0: all")] = -1
     top_p: Annotated[float, Meta(gt=0, le=1, description="keep the likeliest tokens that make up this mass")] = 1.0
     min_p: Annotated[float, Meta(ge=0, le=1, description="drop tokens below this fraction of the likeliest one")] = 0.0
     seed: Annotated[
@@ -57,7 +59,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         float, Meta(ge=-2, le=2, description="taken from a token's logit once for each time that the output holds it")
     ] = 0.0
     logit_bias: Annotated[
-        dict[int, float], Meta(description=f"token id → added to its logit, clamped to ±{MAX_BIAS:g}")
+        dict[_Int64, float], Meta(description=f"token id → added to its logit, clamped to ±{MAX_BIAS:g}")
     ] = {}
     bad_words: Annotated[
         list[str], Meta(max_length=MAX_STRINGS, description="texts whose tokens are not generated")
@@ -69,12 +71,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         _Likeliest, Meta(description="the same for the tokens of the prompt, which is computed without the cache")
     ] = None
     stop: Annotated[list[str], Meta(max_length=MAX_STRINGS, description="strings that end the text")] = []
-    stop_token_ids: Annotated[list[int], Meta(max_length=1024, description="tokens that end the text")] = []
+    stop_token_ids: Annotated[list[_Int64], Meta(max_length=1024, description="tokens that end the text")] = []
     include_stop_str_in_output: Annotated[bool, Meta(description="keep the stop string in the text")] = False
     ignore_eos: Annotated[bool, Meta(description="do not stop at the model's end-of-sequence tokens")] = False
     skip_special_tokens: Annotated[bool, Meta(description="leave special tokens out of the text")] = True
     truncate_prompt_tokens: Annotated[
-        Annotated[int, Meta(ge=-1)] | None,
+        Annotated[int, Meta(ge=-1, le=_LARGEST)] | None,
         Meta(description="keep the last so many tokens of the prompt; -1: as many as leave room for max_tokens"),
     ] = None
 
@@ -132,6 +134,6 @@ def _structure(name: str, value: Any) -> Any:
         if name in _STRINGS:
             return [value]
         if name in _STRUCTURES:
-            with contextlib.suppress(msgspec.DecodeError):
+            with contextlib.suppress(msgspec.DecodeError, RecursionError):
                 return msgspec.json.decode(value)
     return value

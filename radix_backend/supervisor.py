@@ -24,7 +24,7 @@ import msgspec
 
 from radix_backend.config import EngineConfig, radix_home
 from radix_backend.errors import InvalidArgument, Unavailable
-from radix_backend.protocol import PROTOCOL_VERSION, Goodbye, Lease, Log, Pulse, Status
+from radix_backend.protocol import PROTOCOL_VERSION, Lease, Log, Pulse, Status
 from radix_backend.sidecar.child import Child
 from radix_backend.sidecar.leases import Leases
 from radix_backend.sidecar.runtime import Claim, RunDir
@@ -249,9 +249,9 @@ class Supervisor:
             self._change("starting")
         return self._status
 
-    def _left(self, goodbye: Goodbye | None) -> None:
+    def _left(self, linger: float) -> None:
+        # The last client's own `linger`: whoever started the sidecar may have wished for another, and be long gone.
         if not self._stays and len(self._leases) == 0:
-            linger = self._config.linger if goodbye is None or goodbye.linger else 0.0
             self._leave_at = time.monotonic() + linger
 
     def _change(self, state: str, detail: str = "") -> None:

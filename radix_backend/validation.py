@@ -38,7 +38,7 @@ def convert(cls: type[T], values: Mapping[str, Any], what: str) -> T:
     fields = cls.__struct_fields__
     for name in values:
         if name not in fields:
-            raise InvalidArgument(f"unknown {what} {name!r}; accepted: {', '.join(sorted(fields))}")
+            raise InvalidArgument(f"unknown {what} {show(name)}; accepted: {', '.join(sorted(fields))}")
     try:
         return msgspec.convert(dict(values), cls, strict=False)
     except msgspec.ValidationError as error:

@@ -73,6 +73,18 @@ def _gateway_id(request: int, index: int) -> int:
     return request * MAX_N + index
 
 
+def encode(request: int, submit: Submit) -> list[bytes]:
+    """``submit`` without its id as messages: each completion is a request of its own to the gateway.
+
+    For the thread that submits: whatever cannot be encoded is its problem, not that of the others' I/O thread.
+    """
+    choices = (
+        replace(submit, id=_gateway_id(request, index), params=submit.params.choice(index))
+        for index in range(submit.params.n)
+    )
+    return [msgspec.msgpack.encode(choice) for choice in choices]
+
+
 class Connection(threading.Thread):
     """Keeps a lease and, while the sidecar is ready, a socket to the gateway of its current generation."""
 
@@ -87,7 +99,7 @@ class Connection(threading.Thread):
         if ``engine_endpoint`` says that somebody else starts it."""
         super().__init__(name="radix-client", daemon=True)
         self._config = config
-        self._request = Lease(PROTOCOL_VERSION, config.identity(), on_log is not None, parent)
+        self._request = Lease(PROTOCOL_VERSION, config.identity(), on_log is not None, parent, config.linger)
         self._on_log = on_log
         self._on_status = on_status
         self._run_dir = RunDir.of(config)
@@ -165,15 +177,14 @@ class Connection(threading.Thread):
 
     # ── on the I/O thread, through `post` ────────────────────────────────────────────────────
 
-    def submit(self, request: int, sink: Sink, submit: Submit) -> None:
-        """``submit`` without its id; each completion that it asks for is a request of its own to the gateway."""
+    def submit(self, request: int, sink: Sink, messages: list[bytes]) -> None:
+        """``messages`` are those of `encode`."""
         if self._gateway is None or self._status.state != "ready":
             self._fail(sink, self.unavailable())
             return
-        self._running[request] = _Running(sink, set(range(submit.params.n)))
-        for index in range(submit.params.n):
-            choice = replace(submit, id=_gateway_id(request, index), params=submit.params.choice(index))
-            self._gateway.send(msgspec.msgpack.encode(choice))
+        self._running[request] = _Running(sink, set(range(len(messages))))
+        for message in messages:
+            self._gateway.send(message)
 
     def abort(self, requests: list[int]) -> None:
         for running in self._withdraw(requests):

@@ -68,10 +68,11 @@ class Leases:
         selector: selectors.BaseSelector,
         refusal: Callable[[Lease | None], str],
         joined: Callable[[], Status],
-        left: Callable[[Goodbye | None], None],
+        left: Callable[[float], None],
     ) -> None:
         """``refusal`` says why a lease (None: an unreadable one) is refused, or "". ``joined`` returns what to tell
-        the newcomer. Events of ``selector`` have a callable as their data."""
+        the newcomer, ``left`` gets the seconds that the client wants to be outlived. Events of ``selector`` have
+        a callable as their data."""
         self._listener = listener
         self._selector = selector
         self._refusal = refusal
@@ -171,7 +172,7 @@ class Leases:
         self._selector.unregister(member.sock)
         member.sock.close()
         if member.lease is not None:
-            self._left(goodbye)
+            self._left(member.lease.linger if goodbye is None or goodbye.linger else 0.0)
 
 
 def _send(member: _Member, data: bytes) -> bool:

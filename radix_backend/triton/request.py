@@ -164,7 +164,7 @@ def _string(tensors: Mapping[str, Array], name: str) -> str:
 def _object(what: str, text: str) -> dict[str, Any]:
     try:
         value = msgspec.json.decode(text)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise InvalidArgument(f"{what} is {show(text)}; accepted: a JSON object ({error})") from None
     if not isinstance(value, dict):
         raise InvalidArgument(f"{what} is {show(text)}; accepted: a JSON object")

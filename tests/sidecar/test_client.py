@@ -271,3 +271,10 @@ def test_every_request_ends_exactly_once_under_a_random_schedule(world: World, s
         if end == LENGTH:
             assert len(sink.tokens) == length
     assert kinds == {LENGTH, Cancelled, Unavailable}
+
+
+def test_a_request_that_cannot_be_encoded_is_its_submitters_problem_alone(world: World) -> None:
+    client = world.client()
+    with pytest.raises(OverflowError):
+        client.submit(SamplingParams(max_tokens=2**64), text="abc", sink=Recorder())
+    assert client.tokenize("a") == [97]

@@ -67,6 +67,14 @@ def test_the_sidecar_lingers_for_a_newcomer_and_then_leaves_nothing(world: World
     eventually(world.gone)
 
 
+def test_how_long_it_lingers_is_for_its_last_client_to_say(world: World) -> None:
+    world.client(config=world.config(linger=3600)).close()
+    last = world.client()
+    assert len(world.started("engine")) == 1  # the first one's still
+    last.close()
+    eventually(world.gone)
+
+
 def test_it_goes_after_its_linger_when_the_last_client_was_killed(world: World) -> None:
     process = world.client_process()
     assert said_ready(process)

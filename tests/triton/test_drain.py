@@ -12,7 +12,7 @@ from tritonclient.utils import InferenceServerException
 
 from radix_backend.triton.lifecycle import Listeners, exit_seconds
 from tests.triton.requests import GREEDY, Stream, stream
-from tests.triton.server import eventually
+from tests.triton.server import eventually, gone, shared_memory_of
 from tests.triton.tiny_server import LONG, PATIENCE, Start, error_of, start_tiny, tiny_model  # noqa: F401
 
 pytestmark = pytest.mark.server
@@ -37,6 +37,21 @@ def test_streams_complete_within_the_exit_timeout_and_new_ones_are_refused(start
         while not responses[-1].final:
             responses.append(running.receive())
     assert server.process.wait(PATIENCE) == 0
+
+
+def test_streams_past_the_exit_timeout_end_as_unavailable_and_nothing_is_left(start_tiny: Start) -> None:  # noqa: F811
+    server = start_tiny("--exit-timeout-secs=12", linger=1)
+    server.wait_serving()
+    everything, run_dir, memory = server.everything(), server.run_dir, shared_memory_of(server.stub())
+    with Stream(server.grpc, {"triton_grpc_error": "false"}) as running:
+        running.submit(text_input="a", sampling_parameters=LONG)
+        assert not running.receive().final
+        server.process.terminate()
+        assert error_of(running) == "the server is stopping"
+    assert server.process.wait(PATIENCE) == 0
+    eventually(lambda: gone(everything))
+    assert not run_dir.exists()
+    assert not [path for path in memory if path.exists()]
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 from radix_backend.config import EngineConfig
 from radix_backend.sidecar.runtime import RunDir
 from tests.models.tiny import save_tiny
-from tests.triton.requests import Stream
+from tests.triton.requests import Stream, joined
 from tests.triton.server import TritonServer, eventually, shared_memory_of
 from tests.triton.tiny_server import LONG, Start, error_of, settings, start_tiny, tiny_model  # noqa: F401
 
@@ -28,6 +28,15 @@ GROWTH = 1.15  # of resident memory between then and the end
 def control(server: TritonServer, verb: str, model: str = "radix") -> None:
     status, answer = server.post(f"/v2/repository/models/{model}/{verb}", {})
     assert status == 200, answer
+
+
+def reload(server: TritonServer, context_len: int) -> None:
+    """Load the model over itself with another ``context_len``; until that one is served."""
+    file = server.repository / "radix" / "1" / "model.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"context_len": context_len}))
+    control(server, "load")
+    too_long = {"text_input": "a" * (context_len + 1)}
+    eventually(lambda: f"of {context_len}," in server.post("/v2/models/radix/generate", too_long)[1].get("error", ""))
 
 
 def unloaded(server: TritonServer) -> bool:
@@ -75,6 +84,31 @@ def test_twenty_reloads_while_streams_run_leak_nothing(start_tiny: Start) -> Non
     for name in ("descriptors", "threads"):  # a request's own come and go
         assert all(now <= then + 3 for now, then in zip(last[name], warm[name], strict=True)), (name, warm, last)
     assert all(now <= GROWTH * then for now, then in zip(last_memory, warm_memory, strict=True)), seen
+
+
+def test_reload_with_other_settings_serves_them_and_ends_the_former_sidecar(start_tiny: Start) -> None:  # noqa: F811
+    server = start_tiny(*EXPLICIT, linger=0.5)
+    server.wait_serving()
+    former = server.run_dir
+    reload(server, context_len=64)
+    eventually(lambda: not former.exists())
+
+
+def test_a_stream_that_runs_during_a_reload_is_finished_by_the_former_instance(start_tiny: Start) -> None:  # noqa: F811
+    server = start_tiny(*EXPLICIT, linger=0.5)
+    server.wait_serving()
+    former, count = server.run_dir, 3 * LONG["max_tokens"] // 4
+    with server.engine() as former_engine, Stream(server.grpc) as stream:
+        sampling = LONG | {"max_tokens": count}
+        stream.submit(text_input="a", sampling_parameters=sampling, return_token_ids=True, return_finish_reason=True)
+        responses = [stream.receive()]
+        reload(server, context_len=64)
+        assert former_engine.stats()["requests_running"] == 1
+        while not responses[-1].final:
+            responses.append(stream.receive())
+    assert len(joined(responses, "token_ids")) == count
+    assert responses[-1].outputs["finish_reason"] == ["length"]
+    eventually(lambda: not former.exists())
 
 
 def test_instances_share_one_engine_and_its_radix_cache(start_tiny: Start) -> None:  # noqa: F811
