@@ -93,8 +93,8 @@ WRONG_PROMPTS: dict[str, tuple[dict[str, Any], str]] = {
     "not-utf-8": ({"text_input": strings(b"caf\xe9")}, "input 'text_input' is b'caf\\xe9'; accepted: UTF-8"),
     "half-a-surrogate": ({"text_input": strings(b"\xed\xa0\x80")}, "accepted: UTF-8"),
     "a-megabyte-not-utf-8": ({"text_input": strings(b"a" * 10**6 + b"\xff")}, "…; accepted: UTF-8"),
-    "nothing": ({}, "'text_input' or 'input_ids'; neither is given"),
-    "both": ({"text_input": "a", "input_ids": [1]}, "'text_input' or 'input_ids'; both are given"),
+    "nothing": ({}, "'messages'; given: none"),
+    "both": ({"text_input": "a", "input_ids": [1]}, "given: text_input, input_ids"),
 }
 
 
