@@ -41,8 +41,22 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         ),
     ] = "embedded"
     dtype: Annotated[
-        Literal["auto", "bfloat16", "float32"], Meta(description="of weights and KV cache; auto: bfloat16")
+        Literal["auto", "bfloat16", "float16", "float32"],
+        Meta(description="of weights and KV cache; auto: bfloat16; float16 needs a GPU"),
     ] = "auto"
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], Meta(description="what computes the steps; auto: a GPU if there is one")
+    ] = "auto"
+    attention_backend: Annotated[
+        Literal["auto", "triton", "torch_native"],
+        Meta(description="kernels of attention; auto: triton (the language) on a GPU, else torch_native"),
+    ] = "auto"
+    load_format: Annotated[
+        Literal["auto", "dummy"], Meta(description="dummy: random weights from config.json alone, for measuring")
+    ] = "auto"
+    enforce_eager: Annotated[
+        bool, Meta(description="launch every kernel from the CPU instead of capturing CUDA graphs")
+    ] = False
     max_bs: Annotated[int, Meta(ge=1, le=4096, description="most requests in one step (batch size)")] = 64
     max_batched_tokens: Annotated[
         int, Meta(ge=16, description="token budget of a step: decodes first, the rest goes to prefill chunks")

@@ -20,11 +20,13 @@ class KVPool:
     is taken from the system page by page as it is first written.
     """
 
-    def __init__(self, model: ModelConfig, num_pages: int, page_size: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: ModelConfig, num_pages: int, page_size: int, dtype: torch.dtype, device: str = "cpu"
+    ) -> None:
         self.page_size = page_size
         self.dtype = dtype
         shape = (model.num_layers, 2, num_pages, model.num_kv_heads, page_size, model.head_dim)
-        self._layers = [(layer[0], layer[1]) for layer in torch.empty(shape, dtype=dtype)]
+        self._layers = [(layer[0], layer[1]) for layer in torch.empty(shape, dtype=dtype, device=device)]
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer."""

@@ -33,7 +33,12 @@ class Linear:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR)
             self._product = torch.ops.mkldnn._linear_pointwise.default
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """The product; in ``out`` if given, which takes weights that are neither packed nor biased."""
+        if out is not None:
+            assert not self.packed
+            assert self.bias is None
+            return torch.mm(x, self.weight.t(), out=out)
         if self.packed:
             return self._product(x, self.weight, self.bias, "none", [], "")
         return F.linear(x, self.weight, self.bias)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import SafetensorError, safe_open
 
@@ -12,6 +12,12 @@ from radix_backend.errors import InvalidArgument, NotFound, Unsupported
 
 _INDEX = "model.safetensors.index.json"
 _DTYPES = ("BF16", "F16", "F32")
+
+
+class Weights(Protocol):
+    """Where a model gets its tensors by name."""
+
+    def get(self, name: str, *shape: int) -> Any: ...
 
 
 class Checkpoint:

@@ -12,10 +12,14 @@ from torch import Tensor
 from radix_backend.layers.linear import Linear
 from radix_backend.layers.ops import Ops
 from radix_backend.layers.rope import cos_sin_table
-from radix_backend.loading.checkpoint import Checkpoint
+from radix_backend.loading.checkpoint import Weights
 from radix_backend.loading.model_config import ModelConfig
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q, k, v) → [tokens, heads * head_dim]
+Norms = tuple[Tensor, Tensor]  # of each head of q and of k, [head_dim]
+
+# (layer, heads, norms) → [tokens, heads * head_dim]; `heads` [tokens, heads + 2 * kv_heads, head_dim] are queries, keys
+# and values as they leave the product: the callee norms and rotates them (`Decoder.rotated`, or a kernel of its own).
+Attend = Callable[[int, Tensor, Norms | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Hidden:
 class _Layer:
     input_norm: Tensor
     qkv: Linear
-    qk_norm: tuple[Tensor, Tensor] | None
+    qk_norm: Norms | None
     output: Linear
     mlp_norm: Tensor
     gate_up: Linear
@@ -43,16 +47,17 @@ class Decoder:
     def __init__(
         self,
         config: ModelConfig,
-        checkpoint: Checkpoint,
+        checkpoint: Weights,
         dtype: torch.dtype,
         context_len: int,
         ops: Ops,
         progress: Callable[[float], None] = lambda fraction: None,
+        device: torch.device | str = "cpu",
     ) -> None:
         """Raises InvalidArgument or Unsupported when the checkpoint does not fit ``config``."""
         self.config = config
         self._ops = ops
-        weights = _Weights(config, checkpoint, dtype)
+        weights = _Weights(config, checkpoint, dtype, device)
         self._embedding = weights.get("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
         self._layers = []
         for index in range(config.num_layers):
@@ -63,36 +68,36 @@ class Decoder:
         if not config.tie_word_embeddings:
             head = weights.get("lm_head.weight", config.vocab_size, config.hidden_size)
         self._head = Linear(head)
-        self._cos_sin = cos_sin_table(config.rope, config.head_dim, context_len)
+        self.rope_table = cos_sin_table(config.rope, config.head_dim, context_len).to(device)
         progress(1.0)
 
-    def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Hidden:
-        """``token_ids`` and ``positions`` are [tokens] int32; ``attend`` writes a layer's KV and attends."""
+    def forward(self, token_ids: Tensor, attend: Attend) -> Hidden:
+        """``token_ids`` are [tokens] int32; ``attend`` writes a layer's KV and attends."""
         ops, eps = self._ops, self.config.rms_norm_eps
         # The residual stream is f32: rounding it in bf16 would cost more accuracy than all products together.
         residual, delta = F.embedding(token_ids, self._embedding).float(), None
         for index, layer in enumerate(self._layers):
             x = ops.add_rms_norm(residual, delta, layer.input_norm, eps)
-            delta = layer.output(attend(index, *self._qkv(layer, x, positions)))
+            heads = layer.qkv(x).view(len(x), -1, self.config.head_dim)
+            delta = layer.output(attend(index, heads, layer.qk_norm))
             x = ops.add_rms_norm(residual, delta, layer.mlp_norm, eps)
             delta = layer.down(ops.silu_mul(layer.gate_up(x)))
         assert delta is not None
         return Hidden(residual, delta)
 
-    def logits(self, hidden: Hidden, rows: Tensor) -> Tensor:
-        """[rows, vocabulary] of the tokens that follow those whose indices are ``rows`` [rows] int64."""
-        if not len(rows):
+    def logits(self, hidden: Hidden, rows: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """[rows, vocabulary] of the tokens that follow those whose indices are ``rows`` [rows]; None: all of them."""
+        if rows is not None and not len(rows):
             return hidden.residual.new_empty(0, self.config.vocab_size)
-        eps = self.config.rms_norm_eps
-        return self._head(self._ops.add_rms_norm(hidden.residual[rows], hidden.delta[rows], self._norm, eps))
+        residual, delta = hidden.residual, hidden.delta
+        if rows is not None:
+            residual, delta = residual[rows], delta[rows]
+        return self._head(self._ops.add_rms_norm(residual, delta, self._norm, self.config.rms_norm_eps), out)
 
-    def _qkv(self, layer: _Layer, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values [tokens, heads, head_dim], views of one buffer, normed and rotated."""
+    def rotated(self, heads: Tensor, norms: Norms | None, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [tokens, heads, head_dim], views of ``heads``, normed and rotated."""
         q, kv = self.config.num_heads, self.config.num_kv_heads
-        heads = layer.qkv(x).view(len(x), -1, self.config.head_dim)
-        self._ops.norm_and_rotate(
-            heads[:, : q + kv], layer.qk_norm, q, self.config.rms_norm_eps, positions, self._cos_sin
-        )
+        self._ops.norm_and_rotate(heads[:, : q + kv], norms, q, self.config.rms_norm_eps, positions, self.rope_table)
         return heads[:, :q], heads[:, q : q + kv], heads[:, q + kv :]
 
 
@@ -103,11 +108,13 @@ def _cat(parts: list[Tensor]) -> Tensor:
 class _Weights:
     """A checkpoint's tensors in the compute dtype, fused as the layers want them."""
 
-    def __init__(self, config: ModelConfig, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-        self._config, self._checkpoint, self._dtype = config, checkpoint, dtype
+    def __init__(
+        self, config: ModelConfig, checkpoint: Weights, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        self._config, self._checkpoint, self._dtype, self._device = config, checkpoint, dtype, device
 
     def get(self, name: str, *shape: int) -> Tensor:
-        return self._checkpoint.get(name, *shape).to(self._dtype)
+        return self._checkpoint.get(name, *shape).to(device=self._device, dtype=self._dtype)
 
     def _linear(self, prefix: str, outputs: dict[str, int], inputs: int, bias: bool) -> Linear:
         """One product for several projections of the same input."""
@@ -130,7 +137,7 @@ class _Weights:
             down=self._linear(mlp, {"down_proj": hidden}, inner, config.mlp_bias),
         )
 
-    def _qk_norm(self, prefix: str) -> tuple[Tensor, Tensor] | None:
+    def _qk_norm(self, prefix: str) -> Norms | None:
         if not self._config.qk_norm:
             return None
         size = self._config.head_dim

@@ -14,23 +14,38 @@ from torch import Tensor
 from radix_backend.sampling_params import MAX_BIAS, SamplingParams
 
 
+def logits_rules(
+    params: SamplingParams,
+    stop_token_ids: Sequence[int],
+    bad_words: Sequence[Sequence[int]],
+    device: torch.device | str = "cpu",
+) -> LogitsRules | None:
+    """The rules of a request, if it has any."""
+    shifts = params.logit_bias or params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1
+    excludes = bad_words or (params.min_tokens and stop_token_ids)
+    return LogitsRules(params, stop_token_ids, bad_words, device) if shifts or excludes else None
+
+
 class LogitsRules:
     """The rules of one request."""
 
     def __init__(
-        self, params: SamplingParams, stop_token_ids: Sequence[int], bad_words: Sequence[Sequence[int]]
+        self,
+        params: SamplingParams,
+        stop_token_ids: Sequence[int],
+        bad_words: Sequence[Sequence[int]],
+        device: torch.device | str = "cpu",
     ) -> None:
         self._bias = {token: min(max(bias, -MAX_BIAS), MAX_BIAS) for token, bias in params.logit_bias.items()}
-        self._bias_ids = torch.tensor(list(self._bias), dtype=torch.int64)
-        self._biases = torch.tensor(list(self._bias.values()), dtype=torch.float32)
+        self._bias_ids = torch.tensor(list(self._bias), dtype=torch.int64, device=device)
+        self._biases = torch.tensor(list(self._bias.values()), dtype=torch.float32, device=device)
         self._bad_words = [tuple(word) for word in bad_words]
         self._min_tokens = params.min_tokens
-        self._stops = torch.tensor(list(stop_token_ids), dtype=torch.int64)
+        self._stops = torch.tensor(list(stop_token_ids), dtype=torch.int64, device=device)
         self._repetition = params.repetition_penalty
         self._presence, self._frequency = params.presence_penalty, params.frequency_penalty
         # Whether logits change by amounts that bf16 would round away; otherwise tokens are only excluded.
         self.shifts = bool(self._bias or self._presence or self._frequency or self._repetition != 1)
-        self.excludes = bool(self._bad_words or (self._min_tokens and len(self._stops)))
 
     def apply(self, logits: Tensor, tokens: Tensor, prompt_len: int) -> None:
         """Change ``logits`` [vocabulary], f32 if this `shifts`, of the token after ``tokens``: prompt, then outputs."""

@@ -31,10 +31,14 @@ def _mix64(x: U64) -> U64:
     return x ^ (x >> np.uint64(31))
 
 
+def seed_keys(seeds: npt.NDArray[np.int64]) -> U64:
+    """The seed's part of `row_keys`."""
+    return _mix64(seeds.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15))
+
+
 def row_keys(seeds: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> U64:
     """[rows] keys; the position of a token is the number of tokens before it, prompt and outputs."""
-    mixed = _mix64(seeds.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15))
-    return _mix64(mixed + positions.astype(np.uint64) * np.uint64(0xD1342543DE82EF95))
+    return _mix64(seed_keys(seeds) + positions.astype(np.uint64) * np.uint64(0xD1342543DE82EF95))
 
 
 def hash32(keys: U64, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.uint32]:

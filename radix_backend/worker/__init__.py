@@ -25,6 +25,6 @@ def create_worker(config: EngineConfig, model_dir: Path, reporter: Reporter) -> 
     """Load the model in ``model_dir``. Raises RadixError for what the user can mend."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)  # libgomp reads it when torch is imported
-    from radix_backend.worker.runner import Runner
+    from radix_backend.worker.selection import select_worker
 
-    return Runner(config, model_dir, reporter)
+    return select_worker(config, model_dir, reporter)

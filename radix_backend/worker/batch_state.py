@@ -12,7 +12,7 @@ from torch import Tensor
 
 from radix_backend.attention.base import AttentionStep, DecodeRows, PrefillChunk
 from radix_backend.sampling.base import SamplingRows
-from radix_backend.sampling.logits_rules import LogitsRules
+from radix_backend.sampling.logits_rules import LogitsRules, logits_rules
 from radix_backend.sampling.noise import row_keys
 from radix_backend.worker.interface import NewRequest, StepPlan
 
@@ -83,8 +83,7 @@ class BatchState:
         self._top_k[slot] = max(params.top_k, 0)
         self._top_p[slot] = params.top_p
         self._min_p[slot] = params.min_p
-        rules = LogitsRules(params, request.stop_token_ids, request.bad_words)
-        self._rules[slot] = rules if rules.shifts or rules.excludes else None
+        self._rules[slot] = logits_rules(params, request.stop_token_ids, request.bad_words)
         self._logprobs[slot] = _NONE if params.logprobs is None else params.logprobs
         self._prompt_logprobs[slot] = _NONE if params.prompt_logprobs is None else params.prompt_logprobs
         self._num_scored[slot] = max(request.num_scored, 1)

@@ -19,7 +19,8 @@ from radix_backend.config import EngineConfig
 from radix_backend.layers.ops import cpu_ops
 from radix_backend.loading import ModelConfig, effective_context_len, read_model_config
 from radix_backend.loading.checkpoint import Checkpoint
-from radix_backend.models.decoder import Decoder, Hidden
+from radix_backend.loading.dummy import DummyWeights
+from radix_backend.models.decoder import Decoder, Hidden, Norms
 from radix_backend.process import Reporter
 from radix_backend.protocol import TokenLogprobs
 from radix_backend.sampling import cpu_sampler
@@ -101,7 +102,9 @@ class Runner:
         def progress(fraction: float) -> None:
             self._reporter.phase("loading weights", fraction)
 
-        self._model = Decoder(model, Checkpoint(model_dir), dtype, context_len, cpu_ops(dtype), progress)
+        dummy = config.load_format == "dummy"
+        weights = DummyWeights(dtype, "cpu") if dummy else Checkpoint(model_dir)
+        self._model = Decoder(model, weights, dtype, context_len, cpu_ops(dtype), progress)
         self._reporter.phase("compiling")  # a moment where the cache of kernels is warm
         self._state = BatchState(config.max_bs, context_len, config.page_size)
         pool = KVPool(model, self.num_pages, config.page_size, dtype)
@@ -114,11 +117,11 @@ class Runner:
         step = self._state.apply(plan)
         attention = self._attention.plan(step.attention)
 
-        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        def attend(layer: int, heads: torch.Tensor, norms: Norms | None) -> torch.Tensor:
             self._reporter.progress()  # a step of a large model takes seconds
-            return self._attention.attend(attention, layer, q, k, v)
+            return self._attention.attend(attention, layer, *self._model.rotated(heads, norms, step.positions))
 
-        hidden = self._model.forward(step.token_ids, step.positions, attend)
+        hidden = self._model.forward(step.token_ids, attend)
         tokens, logprobs = self._sample(step, self._model.logits(hidden, step.sampled))
         return StepResult(plan.step, tokens, logprobs, [self._score(hidden, span) for span in step.scored])
 

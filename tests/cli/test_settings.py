@@ -11,6 +11,10 @@ from radix_backend.config import EngineConfig
 VALUES: dict[str, Any] = {
     "model": "some/model",
     "dtype": "float32",
+    "device": "cpu",
+    "attention_backend": "torch_native",
+    "load_format": "dummy",
+    "enforce_eager": True,
     "max_bs": 3,
     "max_batched_tokens": 99,
     "context_len": 777,

@@ -24,7 +24,7 @@ def test_a_difference_between_batch_and_alone_is_a_tie() -> None:
     texts = [f"{'Write about ' * (1 + i % 3)}{SUBJECTS[i % 8]}. " * (1 + i % 5) for i in range(16)]
     prompts = [tokenizer.encode(text).ids for text in texts]
     lengths = [4 + 5 * i % 11 for i in range(16)]
-    config = EngineConfig(dtype="bfloat16", max_bs=16, context_len=512, kv_cache_memory=2**27)
+    config = EngineConfig(device="cpu", dtype="bfloat16", max_bs=16, context_len=512, kv_cache_memory=2**27)
     worker = create_worker(config, embedded_dir(), Reporter())
     try:
         engine = SimEngine(num_pages=worker.num_pages, page_size=16, max_bs=16, budget=256, worker=worker)

@@ -31,7 +31,9 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def engine(
     model: Path, num_pages: int = 64, page_size: int = 16, max_bs: int = 8, budget: int = 64
 ) -> Iterator[SimEngine]:
-    config = EngineConfig(dtype="float32", max_bs=max_bs, context_len=256, page_size=page_size, kv_cache_memory=2**24)
+    config = EngineConfig(
+        device="cpu", dtype="float32", max_bs=max_bs, context_len=256, page_size=page_size, kv_cache_memory=2**24
+    )
     worker = create_worker(config, model, Reporter())
     try:
         yield SimEngine(num_pages, page_size, max_bs, budget, worker=worker)

@@ -15,7 +15,8 @@ def logits(directory, token_ids, dtype=torch.float32, sampled=None, ops=None):
     """All logits of one sequence, with attention computed the plainest way."""
     config = read_model_config(directory)
 
-    def attend(layer, q, k, v):
+    def attend(layer, heads, norms):
+        q, k, v = model.rotated(heads, norms, positions)
         k, v = (x.repeat_interleave(config.num_heads // config.num_kv_heads, dim=1) for x in (k, v))
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(0, 1).flatten(1)
@@ -24,7 +25,7 @@ def logits(directory, token_ids, dtype=torch.float32, sampled=None, ops=None):
         model = Decoder(config, Checkpoint(directory), dtype, context_len=256, ops=ops or TorchOps())
         sampled = torch.arange(len(token_ids)) if sampled is None else sampled
         positions = torch.arange(len(token_ids), dtype=torch.int32)
-        return model.logits(model.forward(torch.tensor(token_ids), positions, attend), sampled)
+        return model.logits(model.forward(torch.tensor(token_ids), attend), sampled)
 
 
 @pytest.mark.parametrize("ops", [TorchOps(), CompiledOps(torch.float32)], ids=["torch", "compiled"])

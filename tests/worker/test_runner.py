@@ -17,7 +17,14 @@ from tests.worker.driver import Driver
 
 @contextlib.contextmanager
 def driver(directory, page_size=16, **settings):
-    settings = {"dtype": "float32", "max_bs": 8, "context_len": 200, "kv_cache_memory": 2**22, **settings}
+    settings = {
+        "device": "cpu",
+        "dtype": "float32",
+        "max_bs": 8,
+        "context_len": 200,
+        "kv_cache_memory": 2**22,
+        **settings,
+    }
     worker = create_worker(EngineConfig(page_size=page_size, **settings), directory, Reporter())
     try:
         yield Driver(worker, page_size)

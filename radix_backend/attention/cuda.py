@@ -1,0 +1,95 @@
+"""Attention on CUDA, q/k norm and rope included, with kernels in Triton language.
+
+Importing this module raises ImportError where the triton package is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from radix_backend.attention.cuda_decode import CudaDecode, decode_shape
+from radix_backend.attention.cuda_extend import extend
+from radix_backend.attention.cuda_kv_write import rotate_and_write
+from radix_backend.attention.kv_pool import KVPool
+
+# (layer, heads [tokens, heads, head_dim] as they leave the product, norms) → [tokens, heads * head_dim]
+Attend = Callable[[int, Tensor, "tuple[Tensor, Tensor] | None"], Tensor]
+
+
+@dataclass(frozen=True)
+class DecodeBatch:
+    """One token a row; tensors [rows] int32 on the device."""
+
+    token_ids: Tensor
+    positions: Tensor
+    slots: Tensor  # -1: the row is padding
+    lengths: Tensor  # tokens attended to, the row's own included; 0: padding
+    page_ends: Tensor  # cumulative sum of the rows' pages
+
+
+@dataclass(frozen=True)
+class PrefillBatch:
+    """Chunks, one after the other; tensors [tokens] int32 on the device."""
+
+    positions: Tensor
+    slots: Tensor
+    tiles: Tensor  # cuda_extend.tiles
+
+
+class CudaAttention:
+    """Every layer writes the KV of all its tokens before any of them attends (see `AttentionBackend`)."""
+
+    def __init__(
+        self, pool: KVPool, page_table: Tensor, num_heads: int, max_rows: int, rope_table: Tensor, eps: float
+    ) -> None:
+        """``rope_table`` is rope.cos_sin_table, ``eps`` the q/k norms'; ``page_table`` [slots, pages] int32."""
+        self._pool, self._page_table, self._num_heads = pool, page_table, num_heads
+        self._rope_table, self._eps = rope_table, eps
+        keys, _ = pool.layer(0)
+        num_sms = torch.cuda.get_device_properties(keys.device).multi_processor_count if keys.is_cuda else 4
+        shape = decode_shape(keys.dtype, keys.shape[3], keys.shape[1], num_sms)
+        self._decode_rows = CudaDecode(max_rows, num_heads, keys, shape)
+
+    def decode(self, batch: DecodeBatch) -> Attend:
+        """Can be captured."""
+
+        def attend(layer: int, heads: Tensor, norms: tuple[Tensor, Tensor] | None) -> Tensor:
+            keys, values = self._write(layer, heads, norms, batch.positions, batch.slots)
+            q = heads[:, : self._num_heads]
+            out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+            self._decode_rows(q, keys, values, self._page_table, batch.slots, batch.lengths, batch.page_ends, out)
+            return out.flatten(1)
+
+        return attend
+
+    def extend(self, batch: PrefillBatch) -> Attend:
+        def attend(layer: int, heads: Tensor, norms: tuple[Tensor, Tensor] | None) -> Tensor:
+            keys, values = self._write(layer, heads, norms, batch.positions, batch.slots)
+            q = heads[:, : self._num_heads]
+            out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+            extend(q, keys, values, self._page_table, batch.tiles, out)
+            return out.flatten(1)
+
+        return attend
+
+    def _write(
+        self, layer: int, heads: Tensor, norms: tuple[Tensor, Tensor] | None, positions: Tensor, slots: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        keys, values = self._pool.layer(layer)
+        rotate_and_write(
+            heads,
+            self._num_heads,
+            norms,
+            self._eps,
+            positions,
+            self._rope_table,
+            slots,
+            self._page_table,
+            keys,
+            values,
+        )
+        return keys, values

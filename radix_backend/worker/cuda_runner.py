@@ -1,0 +1,286 @@
+"""Executes steps on a CUDA device. `launch` only queues work; `settle` waits for one step's tokens."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from radix_backend.attention.cuda import CudaAttention, PrefillBatch
+from radix_backend.attention.cuda_extend import tile_tokens
+from radix_backend.attention.kv_pool import KVPool
+from radix_backend.config import EngineConfig
+from radix_backend.layers.cuda_ops import CudaOps
+from radix_backend.loading import ModelConfig, effective_context_len, read_model_config
+from radix_backend.loading.checkpoint import Checkpoint
+from radix_backend.loading.dummy import DummyWeights
+from radix_backend.models.decoder import Decoder, Hidden
+from radix_backend.process import Reporter
+from radix_backend.protocol import TokenLogprobs
+from radix_backend.sampling.cuda import CudaSampler
+from radix_backend.sampling.logprobs import token_logprobs
+from radix_backend.sampling_params import SamplingParams
+from radix_backend.worker.batch_state import ScoredSpan
+from radix_backend.worker.device_state import DeviceState, DeviceStep, Prefill
+from radix_backend.worker.graphs import DecodeGraphs, ladder
+from radix_backend.worker.interface import NewRequest, StepPlan, StepResult
+from radix_backend.worker.memory import Budget, plan_pages_on_device
+
+log = logging.getLogger(__name__)
+
+_RESULTS = 4  # buffers for tokens on their way to the CPU: steps in flight at most
+_GRAPH_BYTES = 8 << 20  # what a captured size takes beside its tensors
+_SCORED_ROWS = 64  # prompt tokens whose logits are computed at once
+_DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class _Launched:
+    step: DeviceStep
+    number: int
+    buffer: int
+    logprobs: tuple[list[int], Tensor, Tensor, list[int]] | None  # rows, log_softmax, tokens, counts
+    prompt_logprobs: list[list[TokenLogprobs]]
+
+
+class CudaRunner:
+    """`Worker` with the model on the current CUDA device.
+
+    On a CPU (``device``) it runs the same kernels in Triton's interpreter, without graphs: only tests want that.
+    """
+
+    def __init__(self, config: EngineConfig, model_dir: Path, reporter: Reporter, device: str = "cuda") -> None:
+        """Loads the model, sizes the KV pool, captures graphs.
+
+        Raises what the checkpoint, settings or memory do not allow.
+        """
+        self._device = torch.device(device)
+        self._cuda = self._device.type == "cuda"
+        self._reporter = reporter
+        model = read_model_config(model_dir)
+        context_len = effective_context_len(config, model)
+        self._dtype = _DTYPES[config.dtype]
+        self._last_buffer = 0
+        self._started = time.monotonic()
+        free = torch.cuda.mem_get_info()[0] if self._cuda else 0
+        self._load(config, model, model_dir, context_len)
+        self._allocate_state(config, model, context_len)
+        self.num_pages = self._size_pool(config, model, context_len, free)
+        self._attach(KVPool(model, self.num_pages, config.page_size, self._dtype, device), model)
+        self._graphs: DecodeGraphs | None = None
+        if self._cuda and not config.enforce_eager:
+            self._capture()
+        self._warm_up(config.page_size)
+        self._log_phase("ready")
+
+    # ── a step ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> None:
+        step = self._state.stage(plan)
+        if self._cuda:
+            torch.cuda.current_stream().wait_event(self._copied[self._last_buffer])  # the tokens of the last step
+        logits: list[Tensor] = []
+        prompt_logprobs: list[list[TokenLogprobs]] = []
+        special = self._state.is_special(step.sample_slots)
+        if step.num_decode:
+            size = self._graphs.padded(step.num_decode) if self._graphs else step.num_decode
+            (self._graphs.forward if self._graphs else self._forward)(size)
+            if special:
+                logits.append(self._logits[: step.num_decode].clone())
+            else:
+                (self._graphs.sample if self._graphs else self._sample)(size)
+        if step.prefill is not None:
+            hidden = self._prefill(step.prefill)
+            prompt_logprobs = [self._score(hidden, span) for span in step.scored]
+            logits.append(self._model.logits(hidden, step.prefill.sampled))
+            if not special:
+                self._sample_into(logits[0], step.prefill.sample_slots, step.num_decode)
+        logprobs = self._sample_specially(step, torch.cat(logits)) if special else None
+        self._copy_out(step, plan.step, logprobs, prompt_logprobs)
+
+    def settle(self) -> StepResult:
+        launched = self._launched.popleft()
+        if self._cuda:
+            self._copied[launched.buffer].synchronize()
+        step = launched.step
+        tokens = self._results[launched.buffer][: len(step.sample_slots)].numpy()[step.order]
+        logprobs: list[TokenLogprobs | None] = []
+        if launched.logprobs is not None:
+            rows, values, sampled, counts = launched.logprobs
+            by_row = dict(zip(rows, token_logprobs(values, sampled, counts), strict=True))
+            logprobs = [by_row.get(row) for row in step.order.tolist()]
+        return StepResult(launched.number, tokens, logprobs, launched.prompt_logprobs)
+
+    def close(self) -> None:
+        if self._cuda:
+            torch.cuda.synchronize()
+
+    # ── parts of a step ─────────────────────────────────────────────────────────────────────────────────────
+
+    def _forward(self, rows: int) -> None:
+        """Compute the logits of the first ``rows`` decode rows. Can be captured."""
+        batch = self._state.begin_decode(rows)
+        hidden = self._model.forward(batch.token_ids, self._attention.decode(batch))
+        self._model.logits(hidden, out=self._logits[:rows])
+
+    def _sample(self, rows: int) -> None:
+        """Sample from these logits. Can be captured."""
+        self._sampler(
+            self._logits[:rows],
+            self._state.decode_slots[:rows],
+            self._state.lengths,
+            self._state.settings,
+            self._state.token_ids,
+            self._sampled[:rows],
+        )
+
+    def _prefill(self, prefill: Prefill) -> Hidden:
+        return self._model.forward(self._state.begin_prefill(prefill), self._attention.extend(prefill.batch))
+
+    def _sample_into(self, logits: Tensor, slots: Tensor, first: int) -> None:
+        """Sample ``logits`` [rows, vocabulary] for ``slots`` [rows] into the step's tokens from ``first`` on."""
+        state = self._state
+        self._sampler(
+            logits, slots, state.lengths, state.settings, state.token_ids, self._sampled[first : first + len(logits)]
+        )
+
+    def _sample_specially(self, step: DeviceStep, logits: Tensor) -> tuple[list[int], Tensor, Tensor, list[int]] | None:
+        """Apply rules, sample, and keep what log probabilities are made of. Slower than the graph, and it waits."""
+        counts = self._state.logprob_counts(step.sample_slots)
+        reported = [row for row, count in enumerate(counts) if count >= 0]
+        values = torch.log_softmax(logits[reported].float(), dim=-1) if reported else None
+        rules = self._state.rules(step.sample_slots)
+        if any(rule.shifts for _, rule in rules):
+            logits = logits.float()  # bf16 would round what they change
+        for row, rule in rules:
+            slot, position = int(step.sample_slots[row]), int(step.sample_positions[row])
+            self._state.apply_rules(rule, logits[row], slot, position)
+        self._sample_into(logits, torch.from_numpy(step.sample_slots).to(self._device), 0)
+        if values is None:
+            return None
+        return reported, values, self._sampled[reported].long(), [counts[row] for row in reported]
+
+    def _score(self, hidden: Hidden, span: ScoredSpan) -> list[TokenLogprobs]:
+        """In slices, so that the logits of a long prompt are never in memory at once."""
+        scores: list[TokenLogprobs] = []
+        for start in range(0, len(span.tokens), _SCORED_ROWS):
+            self._reporter.progress()
+            rows = torch.tensor(span.tokens[start : start + _SCORED_ROWS], device=self._device)
+            logprobs = torch.log_softmax(self._model.logits(hidden, rows).float(), dim=-1)
+            scores += token_logprobs(logprobs, span.successors[start : start + _SCORED_ROWS], [span.count] * len(rows))
+        return scores
+
+    def _copy_out(
+        self,
+        step: DeviceStep,
+        number: int,
+        logprobs: tuple[list[int], Tensor, Tensor, list[int]] | None,
+        prompt_logprobs: list[list[TokenLogprobs]],
+    ) -> None:
+        """Send the tokens to the CPU beside whatever is launched next."""
+        self._last_buffer = (self._last_buffer + 1) % _RESULTS
+        count, target = len(step.sample_slots), self._results[self._last_buffer]
+        if self._out_stream is not None:
+            self._out_stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._out_stream):
+                target[:count].copy_(self._sampled[:count], non_blocking=True)
+                self._copied[self._last_buffer].record()
+        else:
+            target[:count].copy_(self._sampled[:count])
+        self._launched.append(_Launched(step, number, self._last_buffer, logprobs, prompt_logprobs))
+
+    # ── the way to ready ────────────────────────────────────────────────────────────────────────────────────
+
+    def _load(self, config: EngineConfig, model: ModelConfig, model_dir: Path, context_len: int) -> None:
+        dummy = config.load_format == "dummy"
+        weights = DummyWeights(self._dtype, self._device) if dummy else Checkpoint(model_dir)
+
+        def progress(fraction: float) -> None:
+            self._reporter.phase("loading weights", fraction)
+
+        self._model = Decoder(model, weights, self._dtype, context_len, CudaOps(), progress, self._device)
+        self._log_phase("weights loaded")
+
+    def _allocate_state(self, config: EngineConfig, model: ModelConfig, context_len: int) -> None:
+        tile = tile_tokens(self._dtype, model.num_heads // model.num_kv_heads)
+        max_bs = config.max_bs
+        self._state = DeviceState(max_bs, context_len, config.page_size, tile, self._device)
+        self._sampler = CudaSampler(max_bs, model.vocab_size, self._device)
+        self._logits = torch.empty(max_bs, model.vocab_size, dtype=self._dtype, device=self._device)
+        self._sampled = torch.zeros(max_bs, dtype=torch.int32, device=self._device)
+        self._max_bs, self._max_batched_tokens = max_bs, config.max_batched_tokens
+        self._results = [torch.zeros(max_bs, dtype=torch.int32, pin_memory=self._cuda) for _ in range(_RESULTS)]
+        self._copied = [torch.cuda.Event() for _ in range(_RESULTS)] if self._cuda else []
+        self._out_stream = torch.cuda.Stream() if self._cuda else None
+        self._launched: deque[_Launched] = deque()
+
+    def _attach(self, pool: KVPool, model: ModelConfig) -> None:
+        self._attention = CudaAttention(
+            pool, self._state.page_table, model.num_heads, self._max_bs, self._model.rope_table, model.rms_norm_eps
+        )
+
+    @torch.inference_mode()
+    def _size_pool(self, config: EngineConfig, model: ModelConfig, context_len: int, free: int) -> int:
+        """Pages of the KV pool, after the largest steps have shown what they need beside it."""
+        if not self._cuda:
+            return plan_pages_on_device(config, model, self._dtype, context_len, Budget(free, 0, 0))
+        self._reporter.phase("measuring memory")
+        self._attach(KVPool(model, 1, config.page_size, self._dtype, str(self._device)), model)
+        used = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        self._largest_prefill()
+        self._forward(self._max_bs)
+        self._sample(self._max_bs)
+        torch.cuda.synchronize()
+        activations = torch.cuda.max_memory_allocated() - used
+        torch.cuda.empty_cache()
+        graphs = 0 if config.enforce_eager else activations // 8 + len(ladder(self._max_bs)) * _GRAPH_BYTES
+        taken = free - torch.cuda.mem_get_info()[0]
+        self._log_phase("memory measured")
+        return plan_pages_on_device(config, model, self._dtype, context_len, Budget(free, taken, activations + graphs))
+
+    def _largest_prefill(self) -> None:
+        """A step of as many tokens as there may be, all of them padding: nothing is written or attended to."""
+        tokens = self._max_batched_tokens
+        padding = torch.full((tokens,), -1, dtype=torch.int32, device=self._device)
+        zeros = torch.zeros_like(padding)
+        none = torch.zeros(0, 5, dtype=torch.int32, device=self._device)
+        attend = self._attention.extend(PrefillBatch(positions=zeros, slots=padding, tiles=none))
+        hidden = self._model.forward(zeros, attend)
+        logits = self._model.logits(hidden, zeros[: self._max_bs])
+        self._sample_into(logits, padding[: self._max_bs], 0)
+
+    @torch.inference_mode()
+    def _capture(self) -> None:
+        self._graphs = DecodeGraphs(ladder(self._max_bs), self._forward, self._sample, _phase(self._reporter))
+        self._log_phase("graphs captured")
+
+    def _warm_up(self, page_size: int) -> None:
+        """Compile what the first requests would otherwise wait for. The page written to is still free."""
+        params = SamplingParams(top_k=2, top_p=0.5, min_p=0.1, seed=0)
+        slot, one, every = np.zeros(1, np.int32), np.ones(1, np.int32), np.ones(1, np.bool_)
+        index = np.arange(-(-3 // page_size), dtype=np.int32)
+        pages = np.zeros_like(index)
+        first = NewRequest(0, np.zeros(2, np.int32), 2, 0, params)
+        self.launch(StepPlan(0, [first], pages, index, pages, slots=slot, num_tokens=2 * one, sample=every))
+        self.launch(StepPlan(0, slots=slot, num_tokens=one, sample=every, num_decode=1))
+        self.settle()
+        self.settle()
+
+    def _log_phase(self, what: str) -> None:
+        log.info("%s: %.1f s after the start", what, time.monotonic() - self._started)
+
+
+def _phase(reporter: Reporter) -> Callable[[float], None]:
+    def progress(fraction: float) -> None:
+        reporter.phase("capturing graphs", fraction)
+
+    return progress

@@ -1,0 +1,182 @@
+"""The CUDA worker: on a GPU with and without graphs, elsewhere in Triton's interpreter."""
+
+import contextlib
+
+import pytest
+import torch
+
+from tests.cuda import DEVICE, on_gpu  # isort: skip
+from radix_backend.config import EngineConfig
+from radix_backend.process import Reporter
+from radix_backend.worker.cuda_runner import CudaRunner
+from tests.engine.sim import SimEngine
+from tests.models.tiny import KINDS, VOCAB, greedy, load_reference, save_tiny
+from tests.worker.driver import Driver
+
+pytestmark = on_gpu
+
+MODES = ["graphs", "eager"] if DEVICE == "cuda" else ["eager"]
+
+
+@contextlib.contextmanager
+def worker(directory, mode="eager", page_size=16, **settings):
+    settings = {"dtype": "float32", "max_bs": 8, "context_len": 200, "kv_cache_memory": 2**22, **settings}
+    config = EngineConfig(page_size=page_size, enforce_eager=mode == "eager", **settings)
+    runner = CudaRunner(config, directory, Reporter(), DEVICE)
+    try:
+        yield runner
+    finally:
+        runner.close()
+
+
+@contextlib.contextmanager
+def driver(directory, mode="eager", page_size=16, **settings):
+    with worker(directory, mode, page_size, **settings) as runner:
+        yield Driver(runner, page_size)
+
+
+def prompt(length, seed=0):
+    return torch.randint(0, VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    directory = save_tiny(tmp_path_factory.mktemp("tiny"), "qwen3-biased")
+    return directory, load_reference(directory)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_tokens_equal_transformers(tmp_path, kind, mode):
+    directory = save_tiny(tmp_path, kind, seed=3)
+    with driver(directory, mode) as d:
+        first, second = d.new(0, prompt(37)), d.new(5, prompt(25, seed=2))
+        d.step((first, 20))
+        d.step((first, 17), (second, 25))
+        d.decode(first, second, count=5)
+        d.decode(second, count=3)
+    reference = load_reference(directory)
+    assert first.outputs == greedy(reference, prompt(37), 6)
+    assert second.outputs == greedy(reference, prompt(25, seed=2), 9)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_a_row_reads_pages_that_another_row_of_the_same_step_writes(model, page_size, mode):
+    directory, reference = model
+    common = prompt(40)
+    shared = 40 // page_size
+    with driver(directory, mode, page_size) as d:
+        running = d.new(3, prompt(21, seed=4))
+        d.step((running, 21))
+        writer = d.new(0, common + prompt(9, seed=1))
+        first = running.pages[-1] + 1
+        pages = list(range(first, first + shared))  # the driver gives the writer these
+        long = d.new(1, common + prompt(30, seed=2), pages=pages)
+        short = d.new(2, [*common[: shared * page_size], 7], pages=pages)
+        # `short` has one token left, so it comes before the row that writes its prefix.
+        d.step((writer, 49), (long, 70 - shared * page_size), (short, 1), (running, 1))
+        d.decode(writer, long, short, running, count=3)
+    assert writer.pages[:shared] == pages
+    assert writer.outputs == greedy(reference, common + prompt(9, seed=1), 4)
+    assert long.outputs == greedy(reference, common + prompt(30, seed=2), 4)
+    assert short.outputs == greedy(reference, [*common[: shared * page_size], 7], 4)
+    assert running.outputs == greedy(reference, prompt(21, seed=4), 5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_slot_can_be_reused_while_its_last_step_is_in_flight(model, mode):
+    directory, reference = model
+    with driver(directory, mode) as d:
+        old = d.new(0, prompt(20))
+        d.step((old, 20))
+        in_flight = d.launch((old, 1))
+        new = d.new(0, prompt(15, seed=1))
+        launched = d.launch((new, 15))
+        d.settle(in_flight)
+        d.settle(launched)
+        d.decode(new, count=3)
+    assert old.outputs == greedy(reference, prompt(20), 2)
+    assert new.outputs == greedy(reference, prompt(15, seed=1), 4)
+
+
+SAMPLINGS = [
+    {"temperature": 0.0},
+    {"temperature": 1.0, "seed": 5},
+    {"temperature": 0.8, "seed": 6, "top_k": 5},
+    {"temperature": 1.3, "seed": 2**63 - 1, "top_p": 0.8},
+    {"temperature": 1.0, "seed": 8, "min_p": 0.05, "top_k": 50, "top_p": 0.9},
+    {"temperature": 0.0, "repetition_penalty": 1.5, "logit_bias": {3: 2.0}, "frequency_penalty": 0.5},
+    {"temperature": 1.0, "seed": 3, "min_tokens": 4, "stop_token_ids": tuple(range(0, VOCAB, 2))},
+]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_tokens_equal_those_of_the_cpu_whatever_the_batch(model, mode):
+    from radix_backend.worker.runner import Runner
+
+    directory, _ = model
+    config = EngineConfig(dtype="float32", max_bs=8, context_len=200, kv_cache_memory=2**22)
+    cpu = Driver(Runner(config, directory, Reporter()), 16)
+    expected = []
+    for sampling in SAMPLINGS:
+        row = cpu.new(0, prompt(30), **sampling)
+        cpu.step((row, 30))
+        cpu.decode(row, count=6)
+        expected.append(row.outputs)
+    cpu.worker.close()
+    with driver(directory, mode, page_size=5) as d:
+        rows = [d.new(7 - i, prompt(30), **sampling) for i, sampling in enumerate(SAMPLINGS)]
+        for chunk in (11, 8, 11):
+            d.step(*[(row, chunk) for row in rows])
+        d.decode(*rows[:5], count=6)  # on the graph
+        d.decode(*rows[5:], count=6)
+    assert [row.outputs for row in rows] == expected
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_logprobs_equal_those_of_the_cpu(model, mode):
+    from radix_backend.worker.runner import Runner
+
+    directory, _ = model
+    config = EngineConfig(dtype="float32", max_bs=8, context_len=200, kv_cache_memory=2**22)
+
+    def run(d):
+        rows = [
+            d.new(0, prompt(30), logprobs=3, prompt_logprobs=2),
+            d.new(1, prompt(9)),
+            d.new(2, prompt(12), logprobs=0),
+        ]
+        d.step((rows[0], 13), (rows[1], 9))
+        d.step((rows[0], 17), (rows[1], 1), (rows[2], 12))
+        d.decode(*rows, count=2)
+        return [row.logprobs for row in rows], d.prompt_logprobs
+
+    cpu = Driver(Runner(config, directory, Reporter()), 16)
+    expected = run(cpu)
+    cpu.worker.close()
+    with driver(directory, mode) as d:
+        actual = run(d)
+    flat = [[each for part in (*own, *prompts) for each in part] for own, prompts in (actual, expected)]
+    assert len(flat[0]) == len(flat[1]) > 30
+    for ours, theirs in zip(*flat, strict=True):
+        assert (ours.rank, ours.token_ids) == (theirs.rank, theirs.token_ids)
+        values = [torch.frombuffer(bytearray(each.logprobs), dtype=torch.float32) for each in (ours, theirs)]
+        torch.testing.assert_close(*values, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("depth", [1, 2])
+def test_streams_under_a_scheduler_equal_transformers(model, mode, depth):
+    directory, reference = model
+    count = 24 if DEVICE == "cuda" else 4
+    common = prompt(33, seed=50)
+    prompts = [
+        common + prompt(5 + 7 * i % 40, seed=i) if i % 2 else prompt(1 + 11 * i % 90, seed=i) for i in range(count)
+    ]
+    with worker(directory, mode, page_size=4) as runner:
+        engine = SimEngine(40 if DEVICE == "cuda" else 60, 4, max_bs=8, budget=48, worker=runner)
+        ids = [engine.add(each, max_tokens=6, temperature=0.0) for each in prompts]
+        engine.run(depth)
+    for request_id, each in zip(ids, prompts, strict=True):
+        assert engine.outputs[request_id] == greedy(reference, each, 6)
