@@ -34,10 +34,15 @@ class Bridge:
         namespace: str,
         recorder: Recorder,
         ending: Callable[[bool], str] = lambda busy: "",
+        arrive: Callable[[], None] = lambda: None,
     ) -> None:
-        """``ending(busy)`` says why running requests must end now, or ""; the watcher's thread asks every so often."""
+        """``ending(busy)`` says why running requests must end now, or ""; the watcher's thread asks every so often.
+
+        ``arrive`` is called for each request before anything else.
+        """
         self._client = client
         self._ending = ending
+        self._arrive = arrive
         self._recorder = recorder
         self._namespace = namespace
         self._live: set[Slot] = set()
@@ -52,6 +57,7 @@ class Bridge:
 
     def execute(self, wire: Wire, read: Callable[[], tuple[Mapping[str, npt.NDArray[Any]], str]]) -> None:
         """Start a request, whose tensors and parameters ``read`` returns. Never waits, never raises, sends nothing."""
+        self._arrive()
         slot = Slot(wire, self._outbox, self._namespace, self._recorder)
         self._live.add(slot)
         try:

@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 
 class Lifecycle:
-    """Looks at the server from one of its stubs. For one thread."""
+    """Looks at the server from one of its stubs. For one thread, but for `arrive`."""
 
     def __init__(self, server: int, is_model_ready: Callable[[], bool]) -> None:
         """``server`` is the server's process id. ``is_model_ready`` asks whether it still serves this model."""
@@ -33,6 +33,13 @@ class Lifecycle:
         self._is_model_ready: Callable[[], bool] | None = is_model_ready
         self._next_question = 0.0
         self._stop_seen_at: float | None = None
+        self._arrived = False
+
+    def arrive(self) -> None:
+        """A request has come: the server's doors are open, and must be known before they can be seen to close."""
+        if not self._arrived:
+            self._arrived = True
+            self._listeners.closed()
 
     def ending(self, busy: bool) -> str:
         """Why running requests must end now; "" while they may go on. Look every so often, ``busy`` or not."""

@@ -50,7 +50,7 @@ class TritonPythonModel:
         recorder = Recorder()
         is_model_ready = partial(pb_utils.is_model_ready, args["model_name"], args["model_version"])
         lifecycle = Lifecycle(os.getppid(), is_model_ready)
-        self._bridge = Bridge(self._client, config.namespace, recorder, lifecycle.ending)
+        self._bridge = Bridge(self._client, config.namespace, recorder, lifecycle.ending, lifecycle.arrive)
         identity = Identity(args, model_config.get("instance_group") or [])
         self._publisher = Publisher(self._client, recorder, identity, pb_utils.MetricFamily)
 

@@ -10,7 +10,7 @@ import psutil
 import pytest
 from tritonclient.utils import InferenceServerException
 
-from radix_backend.triton.lifecycle import Listeners, exit_seconds
+from radix_backend.triton.lifecycle import Lifecycle, Listeners, exit_seconds
 from tests.triton.requests import GREEDY, Stream, stream
 from tests.triton.server import eventually, gone, shared_memory_of
 from tests.triton.tiny_server import LONG, PATIENCE, Start, error_of, start_tiny, tiny_model  # noqa: F401
@@ -91,6 +91,18 @@ def test_a_closed_listener_is_noticed_and_those_of_others_are_not(listening: psu
     assert not listeners.closed()
     tell(listening, "close")
     assert listeners.closed()
+
+
+def test_a_stop_right_after_the_first_request_is_seen(
+    listening: psutil.Popen, caplog: pytest.LogCaptureFixture
+) -> None:
+    lifecycle = Lifecycle(listening.pid, lambda: True)
+    tell(listening, "open")
+    lifecycle.arrive()
+    tell(listening, "close")
+    with caplog.at_level("INFO"):
+        assert lifecycle.ending(busy=True) == ""  # not yet: it has some seconds to end
+    assert "the server stops" in caplog.text
 
 
 def test_the_exit_timeout_is_the_servers_own(listening: psutil.Popen) -> None:

@@ -178,18 +178,19 @@ def lettered(server: TritonServer, count: int) -> list[Response]:
 
 
 def test_one_stream_gets_a_response_a_token(server: TritonServer) -> None:
-    """While the server keeps up: on a busy machine that may take an attempt or two."""
+    """While the server keeps up with a model that takes a millisecond: on a busy machine not at every attempt."""
+    before = Metrics(server)
+    responses: list[int] = []  # of each attempt
 
     def one_each() -> bool:
-        before = Metrics(server)
-        responses = lettered(server, 30)
-        assert len(joined(responses, "token_ids")) == 30
-        if len(responses) > 30:
-            raise AssertionError("a response without a token")
-        eventually(lambda: Metrics(server).since(before, "tokens_per_response_sum") == 30)
-        return Metrics(server).since(before, "tokens_per_response_count") == len(responses) == 30
+        attempt = lettered(server, 8)
+        assert len(joined(attempt, "token_ids")) == 8
+        responses.append(len(attempt))
+        return len(attempt) == 8
 
     eventually(one_each)
+    eventually(lambda: Metrics(server).since(before, "tokens_per_response_sum") == 8 * len(responses))
+    assert Metrics(server).since(before, "tokens_per_response_count") == sum(responses)
 
 
 def test_tokens_coalesce_while_the_server_lags(server: TritonServer, engine: EngineClient) -> None:
