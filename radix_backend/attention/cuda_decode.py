@@ -145,7 +145,9 @@ class CudaDecode:
             PAGE=self._page_size,
             BLOCK=shape.block,
             STAGES=shape.stages,
+            DEPENDENT=q.is_cuda,
             num_warps=shape.warps,
+            **({"launch_pdl": True} if q.is_cuda else {}),
         )
         if tiles is None:
             return
@@ -257,6 +259,7 @@ def _decode(
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     kv_head, share = tl.program_id(0), tl.program_id(1)
     d = tl.arange(0, DIM_PAD)
@@ -268,6 +271,10 @@ def _decode(
     per_share = tl.maximum(tl.cdiv(total, SHARES), MIN_PAGES)
     page = share * per_share
     stop = tl.minimum(page + per_share, total)
+    if DEPENDENT:
+        # All that is read above was there before the kernel ahead of this one began: it waits before it lets go.
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     if TILES > 0:
         shared_stop = tl.minimum(stop, shared)
         if page < shared_stop:
@@ -283,8 +290,10 @@ def _decode(
                 first = tl.load(tile_firsts + tile)
                 live = (member < tl.load(tile_counts + tile)) & (of_group < GROUP)
                 query = tl.load(
-                    q + (first + member).to(tl.int64)[:, None] * q_stride
-                    + (kv_head * GROUP + of_group)[:, None] * DIM + d[None, :],
+                    q
+                    + (first + member).to(tl.int64)[:, None] * q_stride
+                    + (kv_head * GROUP + of_group)[:, None] * DIM
+                    + d[None, :],
                     mask=live[:, None] & (d < DIM)[None, :],
                     other=0,
                 )
@@ -411,9 +420,7 @@ def _merge_group(
 
 
 @triton.jit
-def _add_pieces(
-    sums, logs, first, stride, count, highest, mass, acc, DIM: tl.constexpr, DIM_PAD: tl.constexpr
-):
+def _add_pieces(sums, logs, first, stride, count, highest, mass, acc, DIM: tl.constexpr, DIM_PAD: tl.constexpr):
     """Take ``count`` pieces of a head, ``stride`` apart, into a sum that is being built."""
     d = tl.arange(0, DIM_PAD)
     for start in range(0, count, 8):

@@ -6,6 +6,7 @@ groups follow from the page tables alone, and nobody has to pass them on.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,7 +70,7 @@ def _best(
     tiles = -(-rows // tile_rows)
     whole = (rows - tiles) * pages if pages >= min_pages else 0
     bounds = [first, *(first + 1 + np.flatnonzero(inner == pages)).tolist(), last]
-    parts = [_best(common, a, b, tile_rows, min_pages, levels - 1) for a, b in zip(bounds, bounds[1:], strict=False)]
+    parts = [_best(common, a, b, tile_rows, min_pages, levels - 1) for a, b in itertools.pairwise(bounds)]
     apart = sum(saved for saved, _ in parts)
     if apart > whole:
         return apart, [group for _, groups in parts for group in groups]

@@ -99,9 +99,9 @@ class CudaRunner:
             else:
                 (self._graphs.sample if self._graphs else self._sample)(size)
         if step.prefill is not None:
-            hidden = self._prefill(step.prefill)
+            hidden = self._prefill(step.prefill, whole=bool(step.scored))
             prompt_logprobs = [self._score(hidden, span) for span in step.scored]
-            logits.append(self._model.logits(hidden, step.prefill.sampled))
+            logits.append(self._model.logits(hidden, step.prefill.sampled if step.scored else None))
             if not special:
                 self._sample_into(logits[0], step.prefill.sample_slots, step.num_decode)
         logprobs = self._sample_specially(step, torch.cat(logits)) if special else None
@@ -143,8 +143,10 @@ class CudaRunner:
             self._sampled[:rows],
         )
 
-    def _prefill(self, prefill: Prefill) -> Hidden:
-        return self._model.forward(self._state.begin_prefill(prefill), self._attention.extend(prefill.batch))
+    def _prefill(self, prefill: Prefill, whole: bool) -> Hidden:
+        """Of all tokens (``whole``), or of those that are sampled."""
+        rows = None if whole else prefill.sampled
+        return self._model.forward(self._state.begin_prefill(prefill), self._attention.extend(prefill.batch), rows)
 
     def _sample_into(self, logits: Tensor, slots: Tensor, first: int) -> None:
         """Sample ``logits`` [rows, vocabulary] for ``slots`` [rows] into the step's tokens from ``first`` on."""

@@ -52,7 +52,7 @@ def test_what_lies_behind_a_rows_last_page_does_not_count():
 
 
 def test_the_level_that_saves_most_is_shared():
-    long = [[0, *[group * 10 + page for page in range(1, 6)], 1000 + row] for group in range(2) for row in range(0, 4)]
+    long = [[0, *[group * 10 + page for page in range(1, 6)], 1000 + row] for group in range(2) for row in range(4)]
     assert sorted(shared_prefixes(*tables(*long), tile_rows=8, min_pages=1).pages) == [6, 6]
     wide = [[0, 1, 2, 10 + row // 2, 100 + row] for row in range(8)]
     assert shared_prefixes(*tables(*wide), tile_rows=8, min_pages=1).pages.tolist() == [3]
