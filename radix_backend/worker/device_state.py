@@ -6,6 +6,7 @@ tokens each slot has, and which stop tokens are to be masked.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -128,7 +129,7 @@ class DeviceState:
         self._prompt_len = np.zeros(max_bs, np.int64)
         self._rules: list[LogitsRules | None] = [None] * max_bs
         self._logprobs = np.full(max_bs, _NONE)
-        self._special = np.zeros(max_bs, np.bool_)  # has rules, or wants log probabilities
+        self._special_until = np.zeros(max_bs, np.int64)  # outputs: before, it has rules or log probabilities
         self._prompts: list[PromptScores | None] = [None] * max_bs
         self._device = device
 
@@ -178,12 +179,17 @@ class DeviceState:
 
     def is_special(self, slots: Ints) -> bool:
         """Whether a row needs more between its logits and its token than sampling settings say."""
-        return bool(self._special[slots].any())
+        return bool((self._num_outputs(slots) < self._special_until[slots]).any())
 
     def rules(self, slots: Ints) -> list[tuple[int, LogitsRules]]:
         """Rows whose logits change before they are sampled."""
+        counts = self._num_outputs(slots).tolist()
         theirs = ((row, self._rules[slot]) for row, slot in enumerate(slots.tolist()))
-        return [(row, rules) for row, rules in theirs if rules is not None]
+        return [(row, rules) for row, rules in theirs if rules is not None and counts[row] < rules.until]
+
+    def _num_outputs(self, slots: Ints) -> npt.NDArray[np.int64]:
+        """Before the token that the step samples."""
+        return self._num_computed[slots] - self._prompt_len[slots]
 
     def apply_rules(self, rules: LogitsRules, logits: Tensor, slot: int, position: int) -> None:
         """Change ``logits`` [vocabulary] of the token at ``position``."""
@@ -265,7 +271,9 @@ class DeviceState:
         self._num_computed[slot] = request.num_computed
         self._prompt_len[slot] = request.prompt_len
         self._rules[slot] = logits_rules(params, request.stop_token_ids, request.bad_words, self._device)
-        self._special[slot] = self._rules[slot] is not None or params.logprobs is not None
+        rules = self._rules[slot]
+        until = 0 if rules is None else rules.until
+        self._special_until[slot] = until if params.logprobs is None else sys.maxsize
         self._logprobs[slot] = _NONE if params.logprobs is None else params.logprobs
         self._prompts[slot] = None
         if params.prompt_logprobs is not None:
