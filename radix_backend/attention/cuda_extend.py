@@ -17,7 +17,7 @@ Ints = npt.NDArray[np.int32]
 
 def tile_tokens(dtype: torch.dtype, group: int) -> int:
     """Tokens in a tile: its rows are the queries of these tokens that share a KV head."""
-    rows = 32 if dtype == torch.float32 else 128
+    rows = 32 if dtype == torch.float32 else 64
     return max(rows // int(triton.next_power_of_2(group)), 1)
 
 
@@ -65,7 +65,7 @@ def extend(q: Tensor, keys: Tensor, values: Tensor, page_table: Tensor, tile_lis
         PAGE=page_size,
         BLOCK=32 if full else 64,
         STAGES=1 if full else 2,
-        num_warps=4 if full else 8,
+        num_warps=4,
     )
 
 
