@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from radix_backend.attention.cuda_decode import CudaDecode, decode_shape
+from radix_backend.attention.cuda_decode import CASCADE_ROWS, CudaDecode, DecodeTiles, decode_shape
 from radix_backend.attention.cuda_extend import extend
 from radix_backend.attention.cuda_kv_write import rotate_and_write
 from radix_backend.attention.kv_pool import KVPool
@@ -28,7 +28,8 @@ class DecodeBatch:
     positions: Tensor
     slots: Tensor  # -1: the row is padding
     lengths: Tensor  # tokens attended to, the row's own included; 0: padding
-    page_ends: Tensor  # cumulative sum of the rows' pages
+    page_ends: Tensor  # cumulative sum of the rows' pages, less those that their tiles read
+    tiles: DecodeTiles  # of `CASCADE_ROWS` rows and more
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,14 @@ class CudaAttention:
     """Every layer writes the KV of all its tokens before any of them attends (see `AttentionBackend`)."""
 
     def __init__(
-        self, pool: KVPool, page_table: Tensor, num_heads: int, max_rows: int, rope_table: Tensor, eps: float
+        self,
+        pool: KVPool,
+        page_table: Tensor,
+        num_heads: int,
+        max_rows: int,
+        max_tiles: int,
+        rope_table: Tensor,
+        eps: float,
     ) -> None:
         """``rope_table`` is rope.cos_sin_table, ``eps`` the q/k norms'; ``page_table`` [slots, pages] int32."""
         self._pool, self._page_table, self._num_heads = pool, page_table, num_heads
@@ -52,7 +60,7 @@ class CudaAttention:
         keys, _ = pool.layer(0)
         num_sms = torch.cuda.get_device_properties(keys.device).multi_processor_count if keys.is_cuda else 4
         shape = decode_shape(keys.dtype, keys.shape[3], keys.shape[1], num_sms)
-        self._decode_rows = CudaDecode(max_rows, num_heads, keys, shape)
+        self._decode_rows = CudaDecode(max_rows, num_heads, keys, shape, max_tiles)
 
     def decode(self, batch: DecodeBatch) -> Attend:
         """Can be captured."""
@@ -61,7 +69,10 @@ class CudaAttention:
             keys, values = self._write(layer, heads, norms, batch.positions, batch.slots)
             q = heads[:, : self._num_heads]
             out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-            self._decode_rows(q, keys, values, self._page_table, batch.slots, batch.lengths, batch.page_ends, out)
+            tiles = batch.tiles if len(q) >= CASCADE_ROWS else None
+            self._decode_rows(
+                q, keys, values, self._page_table, batch.slots, batch.lengths, batch.page_ends, out, tiles
+            )
             return out.flatten(1)
 
         return attend

@@ -17,7 +17,7 @@ Ints = npt.NDArray[np.int32]
 
 def tile_tokens(dtype: torch.dtype, group: int) -> int:
     """Tokens in a tile: its rows are the queries of these tokens that share a KV head."""
-    rows = 32 if dtype == torch.float32 else 128
+    rows = 32 if dtype == torch.float32 else 64
     return max(rows // int(triton.next_power_of_2(group)), 1)
 
 
@@ -65,7 +65,7 @@ def extend(q: Tensor, keys: Tensor, values: Tensor, page_table: Tensor, tile_lis
         PAGE=page_size,
         BLOCK=32 if full else 64,
         STAGES=1 if full else 2,
-        num_warps=4 if full else 8,
+        num_warps=4,
     )
 
 
@@ -108,7 +108,24 @@ def _extend(
     highest = tl.full([TOKENS * GROUP_PAD], float("-inf"), tl.float32)
     mass = tl.zeros([TOKENS * GROUP_PAD], tl.float32)
     acc = tl.zeros([TOKENS * GROUP_PAD, DIM_PAD], tl.float32)
-    for start in tl.range(0, length, BLOCK, num_stages=STAGES):
+    # Up to here every query sees everything: no mask.
+    visible = (before + 1) // BLOCK * BLOCK
+    for start in tl.range(0, visible, BLOCK, num_stages=STAGES):
+        there = start + n
+        ids = tl.load(table + there // PAGE).to(tl.int64)
+        at = ids * page_stride + (kv_head * PAGE + there % PAGE) * DIM
+        mask = (d < DIM)[None, :]
+        k = tl.load(keys + at[:, None] + d[None, :], mask=mask, other=0)
+        v = tl.load(values + at[:, None] + d[None, :], mask=mask, other=0)
+        scores = tl.dot(query, tl.trans(k), input_precision="ieee") * scale
+        new_highest = tl.maximum(highest, tl.max(scores, axis=1))
+        weights = tl.exp2(scores - new_highest[:, None])
+        decay = tl.exp2(highest - new_highest)
+        mass = mass * decay + tl.sum(weights, axis=1)
+        acc = acc * decay[:, None]
+        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
+        highest = new_highest
+    for start in tl.range(visible, length, BLOCK, num_stages=STAGES):
         there = start + n
         exists = there < length
         ids = tl.load(table + there // PAGE, mask=exists, other=0).to(tl.int64)

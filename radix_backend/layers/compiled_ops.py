@@ -12,6 +12,7 @@ import torch
 from numba import carray
 from torch import Tensor
 
+from radix_backend.layers.ops import FewRows
 from radix_backend.layers.parallel import FLOAT32, Kernel, element, exp, load, next_item, pointer, store
 
 _PARALLEL_FROM = 1 << 17  # elements; waking another thread costs as much as less work
@@ -25,6 +26,9 @@ class CompiledOps:
         self._add_rms_norm = _add_rms_norm_kernel(element(dtype))
         self._norm_and_rotate = _norm_and_rotate_kernel(element(dtype))
         self._silu_mul = _silu_mul_kernel(element(dtype))
+
+    def few_rows(self, largest: int) -> FewRows | None:
+        return None
 
     def add_rms_norm(self, residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         out = torch.empty(residual.shape, dtype=weight.dtype)

@@ -10,13 +10,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from radix_backend.layers.ops import TorchOps
+from radix_backend.layers import cuda_few_rows
+from radix_backend.layers.linear import Linear
+from radix_backend.layers.ops import FewRows, TorchOps
 
 _SILU_BLOCK = 1024
 
 
+class CudaFewRows:
+    max_rows = cuda_few_rows.MAX_ROWS
+
+    def normed_product(self, residual: Tensor, norm: Tensor, eps: float, linear: Linear) -> Tensor:
+        return cuda_few_rows.normed_product(residual, norm, eps, linear.weight, linear.bias)
+
+    def gated_product(self, residual: Tensor, norm: Tensor, eps: float, linear: Linear) -> Tensor:
+        return cuda_few_rows.gated_product(residual, norm, eps, linear.weight, linear.bias)
+
+    def add_product(self, residual: Tensor, x: Tensor, linear: Linear) -> None:
+        cuda_few_rows.add_product(residual, x, linear.weight, linear.bias)
+
+
 class CudaOps(TorchOps):
-    """Norm and activation; the rotation is part of attention.cuda_kv_write."""
+    """Norm, activation and small products; the rotation is part of attention.cuda_kv_write."""
+
+    def few_rows(self, largest: int) -> FewRows | None:
+        return CudaFewRows() if largest <= cuda_few_rows.MAX_INPUTS else None
 
     def add_rms_norm(self, residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         out = torch.empty(residual.shape, dtype=weight.dtype, device=residual.device)

@@ -9,11 +9,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from radix_backend.layers.linear import Linear
+
 log = logging.getLogger(__name__)
+
+
+class FewRows(Protocol):
+    """Products for a few rows with what surrounds them, in one pass over the weights."""
+
+    max_rows: int
+
+    def normed_product(self, residual: Tensor, norm: Tensor, eps: float, linear: Linear) -> Tensor:
+        """The product of the RMS norm of ``residual`` [rows, hidden] f32 times ``norm``."""
+
+    def gated_product(self, residual: Tensor, norm: Tensor, eps: float, linear: Linear) -> Tensor:
+        """`Ops.silu_mul` of such a product."""
+
+    def add_product(self, residual: Tensor, x: Tensor, linear: Linear) -> None:
+        """Add the product of ``x`` to ``residual`` in place."""
 
 
 class Ops(Protocol):
     """Everything is computed in f32 and rounded once, to the dtype of weights and activations."""
+
+    def few_rows(self, largest: int) -> FewRows | None:
+        """Fused products for layers of up to ``largest`` inputs, where there are any that beat separate ones."""
 
     def add_rms_norm(self, residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         """Add ``delta`` to ``residual`` [tokens, hidden] f32 in place; return its RMS norm times ``weight`` [hidden].
@@ -41,6 +61,9 @@ class Ops(Protocol):
 
 
 class TorchOps:
+    def few_rows(self, largest: int) -> FewRows | None:
+        return None
+
     def add_rms_norm(self, residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         if delta is not None:
             residual += delta

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from radix_backend.layers.linear import Linear
-from radix_backend.layers.ops import Ops
+from radix_backend.layers.ops import FewRows, Ops
 from radix_backend.layers.rope import cos_sin_table
 from radix_backend.loading.checkpoint import Weights
 from radix_backend.loading.model_config import ModelConfig
@@ -24,10 +24,10 @@ Attend = Callable[[int, Tensor, Norms | None], Tensor]
 
 @dataclass(frozen=True)
 class Hidden:
-    """What the layers made of a step's tokens: the residual stream and the last layer's part, not yet added to it."""
+    """What the layers made of tokens: the residual stream and what of the last layer is not yet added to it."""
 
     residual: Tensor  # [tokens, hidden] f32
-    delta: Tensor  # [tokens, hidden]
+    delta: Tensor | None  # [tokens, hidden]
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ class Decoder:
         """Raises InvalidArgument or Unsupported when the checkpoint does not fit ``config``."""
         self.config = config
         self._ops = ops
+        query_size = config.num_heads * config.head_dim
+        self._few_rows = ops.few_rows(max(config.hidden_size, config.intermediate_size, query_size))
         weights = _Weights(config, checkpoint, dtype, device)
         self._embedding = weights.get("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
         self._layers = []
@@ -71,19 +73,37 @@ class Decoder:
         self.rope_table = cos_sin_table(config.rope, config.head_dim, context_len).to(device)
         progress(1.0)
 
-    def forward(self, token_ids: Tensor, attend: Attend) -> Hidden:
-        """``token_ids`` are [tokens] int32; ``attend`` writes a layer's KV and attends."""
-        ops, eps = self._ops, self.config.rms_norm_eps
+    def forward(self, token_ids: Tensor, attend: Attend, rows: Tensor | None = None) -> Hidden:
+        """``token_ids`` are [tokens] int32; ``attend`` writes a layer's KV and attends.
+
+        Of the last layer only the KV of all tokens is needed: with ``rows`` [rows] the result is of these tokens.
+        """
         # The residual stream is f32: rounding it in bf16 would cost more accuracy than all products together.
-        residual, delta = F.embedding(token_ids, self._embedding).float(), None
+        residual = F.embedding(token_ids, self._embedding).float()
+        if self._few_rows is not None and len(token_ids) <= self._few_rows.max_rows:
+            return self._forward_few(self._few_rows, residual, attend, rows)
+        ops, eps, delta = self._ops, self.config.rms_norm_eps, None
         for index, layer in enumerate(self._layers):
             x = ops.add_rms_norm(residual, delta, layer.input_norm, eps)
             heads = layer.qkv(x).view(len(x), -1, self.config.head_dim)
-            delta = layer.output(attend(index, heads, layer.qk_norm))
+            attended = attend(index, heads, layer.qk_norm)
+            if rows is not None and index == len(self._layers) - 1:
+                attended, residual = attended[rows], residual[rows]
+            delta = layer.output(attended)
             x = ops.add_rms_norm(residual, delta, layer.mlp_norm, eps)
             delta = layer.down(ops.silu_mul(layer.gate_up(x)))
         assert delta is not None
         return Hidden(residual, delta)
+
+    def _forward_few(self, few: FewRows, residual: Tensor, attend: Attend, rows: Tensor | None) -> Hidden:
+        eps = self.config.rms_norm_eps
+        for index, layer in enumerate(self._layers):
+            qkv = few.normed_product(residual, layer.input_norm, eps, layer.qkv)
+            heads = qkv.view(len(qkv), -1, self.config.head_dim)
+            few.add_product(residual, attend(index, heads, layer.qk_norm), layer.output)
+            inner = few.gated_product(residual, layer.mlp_norm, eps, layer.gate_up)
+            few.add_product(residual, inner, layer.down)
+        return Hidden(residual if rows is None else residual[rows], None)
 
     def logits(self, hidden: Hidden, rows: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """[rows, vocabulary] of the tokens that follow those whose indices are ``rows`` [rows]; None: all of them."""
@@ -91,7 +111,7 @@ class Decoder:
             return hidden.residual.new_empty(0, self.config.vocab_size)
         residual, delta = hidden.residual, hidden.delta
         if rows is not None:
-            residual, delta = residual[rows], delta[rows]
+            residual, delta = residual[rows], None if delta is None else delta[rows]
         return self._head(self._ops.add_rms_norm(residual, delta, self._norm, self.config.rms_norm_eps), out)
 
     def rotated(self, heads: Tensor, norms: Norms | None, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,6 +6,7 @@ frequency and presence penalties (as in OpenAI's API).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -46,6 +47,11 @@ class LogitsRules:
         self._presence, self._frequency = params.presence_penalty, params.frequency_penalty
         # Whether logits change by amounts that bf16 would round away; otherwise tokens are only excluded.
         self.shifts = bool(self._bias or self._presence or self._frequency or self._repetition != 1)
+
+    @property
+    def until(self) -> int:
+        """How many outputs there are when the rules end to matter: those of a minimum alone do."""
+        return sys.maxsize if self.shifts or self._bad_words else self._min_tokens
 
     def apply(self, logits: Tensor, tokens: Tensor, prompt_len: int) -> None:
         """Change ``logits`` [vocabulary], f32 if this `shifts`, of the token after ``tokens``: prompt, then outputs."""

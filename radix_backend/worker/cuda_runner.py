@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from radix_backend.attention.cuda import CudaAttention, PrefillBatch
+from radix_backend.attention.cuda_decode import tile_rows
 from radix_backend.attention.cuda_extend import tile_tokens
 from radix_backend.attention.kv_pool import KVPool
 from radix_backend.config import EngineConfig
@@ -98,9 +99,9 @@ class CudaRunner:
             else:
                 (self._graphs.sample if self._graphs else self._sample)(size)
         if step.prefill is not None:
-            hidden = self._prefill(step.prefill)
+            hidden = self._prefill(step.prefill, whole=bool(step.scored))
             prompt_logprobs = [self._score(hidden, span) for span in step.scored]
-            logits.append(self._model.logits(hidden, step.prefill.sampled))
+            logits.append(self._model.logits(hidden, step.prefill.sampled if step.scored else None))
             if not special:
                 self._sample_into(logits[0], step.prefill.sample_slots, step.num_decode)
         logprobs = self._sample_specially(step, torch.cat(logits)) if special else None
@@ -142,8 +143,10 @@ class CudaRunner:
             self._sampled[:rows],
         )
 
-    def _prefill(self, prefill: Prefill) -> Hidden:
-        return self._model.forward(self._state.begin_prefill(prefill), self._attention.extend(prefill.batch))
+    def _prefill(self, prefill: Prefill, whole: bool) -> Hidden:
+        """Of all tokens (``whole``), or of those that are sampled."""
+        rows = None if whole else prefill.sampled
+        return self._model.forward(self._state.begin_prefill(prefill), self._attention.extend(prefill.batch), rows)
 
     def _sample_into(self, logits: Tensor, slots: Tensor, first: int) -> None:
         """Sample ``logits`` [rows, vocabulary] for ``slots`` [rows] into the step's tokens from ``first`` on."""
@@ -210,9 +213,10 @@ class CudaRunner:
         self._log_phase("weights loaded")
 
     def _allocate_state(self, config: EngineConfig, model: ModelConfig, context_len: int) -> None:
-        tile = tile_tokens(self._dtype, model.num_heads // model.num_kv_heads)
+        group = model.num_heads // model.num_kv_heads
+        tokens, rows = tile_tokens(self._dtype, group), tile_rows(group)
         max_bs = config.max_bs
-        self._state = DeviceState(max_bs, context_len, config.page_size, tile, self._device)
+        self._state = DeviceState(max_bs, context_len, config.page_size, tokens, rows, self._device)
         self._sampler = CudaSampler(max_bs, model.vocab_size, self._device)
         self._logits = torch.empty(max_bs, model.vocab_size, dtype=self._dtype, device=self._device)
         self._sampled = torch.zeros(max_bs, dtype=torch.int32, device=self._device)
@@ -224,7 +228,13 @@ class CudaRunner:
 
     def _attach(self, pool: KVPool, model: ModelConfig) -> None:
         self._attention = CudaAttention(
-            pool, self._state.page_table, model.num_heads, self._max_bs, self._model.rope_table, model.rms_norm_eps
+            pool,
+            self._state.page_table,
+            model.num_heads,
+            self._max_bs,
+            self._state.max_tiles,
+            self._model.rope_table,
+            model.rms_norm_eps,
         )
 
     @torch.inference_mode()

@@ -6,6 +6,7 @@ tokens each slot has, and which stop tokens are to be masked.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from radix_backend.attention.cuda import DecodeBatch, PrefillBatch
+from radix_backend.attention.cuda_decode import CASCADE_ROWS, DecodeTiles
 from radix_backend.attention.cuda_extend import tiles
+from radix_backend.attention.shared_prefix import SharedPrefixes, shared_prefixes
 from radix_backend.sampling.cuda import LOG_MIN_P, SEED_HIGH, SEED_LOW, SETTINGS, TEMPERATURE, TOP_K, TOP_P
 from radix_backend.sampling.logits_rules import LogitsRules, logits_rules
 from radix_backend.sampling.noise import seed_keys
@@ -27,6 +30,7 @@ from radix_backend.worker.staging import Staging
 _STAGING_WORDS = 1 << 20
 _NEW = 4 + SETTINGS  # words of a new request: slot, its first token in the block, tokens, length, settings
 _BLOCK = 1024
+_MIN_SHARED = 64  # tokens; a shorter prefix is not worth a tile
 _NONE = -1  # no log probabilities wanted
 
 
@@ -60,10 +64,44 @@ class DeviceStep:
     scored: list[ScoredSpan]
 
 
+class _DecodeRows:
+    """Decode rows and what they share, as they are staged: one array of fixed size."""
+
+    def __init__(self, max_bs: int, max_tiles: int) -> None:
+        self.sizes = [max_bs, max_bs, max_bs, max_tiles, max_tiles, max_tiles]
+        self.words = np.zeros(sum(self.sizes), np.int32)
+        self._slots, self._skips, self._places, self._firsts, self._counts, self._ends = np.split(
+            self.words, np.cumsum(self.sizes)[:-1]
+        )
+        self.fill(np.empty(0, np.int32), None, 1)
+
+    def fill(self, slots: Ints, shared: SharedPrefixes | None, tile_rows: int) -> None:
+        """``slots`` as in the plan; what is written is in the order of ``shared``."""
+        self._slots[:] = -1
+        self._skips[:] = 0
+        self._places[:] = -1
+        self._ends[:] = 0
+        if shared is None:
+            self._slots[: len(slots)] = slots
+            return
+        self._slots[: len(slots)] = slots[shared.order]
+        tiles = len(shared.firsts)
+        self._firsts[:tiles], self._counts[:tiles] = shared.firsts, shared.counts
+        ends = np.cumsum(shared.pages)
+        self._ends[:tiles], self._ends[tiles:] = ends, ends[-1]
+        before = np.cumsum(shared.counts) - shared.counts
+        member = np.arange(shared.counts.sum()) - np.repeat(before, shared.counts)
+        rows = np.repeat(shared.firsts, shared.counts) + member
+        self._skips[rows] = np.repeat(shared.pages, shared.counts)
+        self._places[rows] = np.repeat(np.arange(tiles) * tile_rows, shared.counts) + member
+
+
 class DeviceState:
-    def __init__(self, max_bs: int, context_len: int, page_size: int, tile_tokens: int, device: torch.device) -> None:
-        """``tile_tokens``: of the tiles that chunks are cut into for attention."""
-        self._page_size, self._tile_tokens = page_size, tile_tokens
+    def __init__(
+        self, max_bs: int, context_len: int, page_size: int, tile_tokens: int, tile_rows: int, device: torch.device
+    ) -> None:
+        """``tile_tokens``: of the tiles that chunks are cut into for attention; ``tile_rows``: of those of decodes."""
+        self._page_size, self._tile_tokens, self._tile_rows = page_size, tile_tokens, tile_rows
         self._staging = Staging(_STAGING_WORDS, device)
         self._max_bs = max_bs
 
@@ -76,15 +114,22 @@ class DeviceState:
         self.lengths = zeros(max_bs)  # tokens whose KV has been computed
         self.settings = zeros(max_bs, SETTINGS)
         self._staging.begin()
-        # First in every block, so that it always lies at the same address: captured graphs read it there.
-        self.decode_slots = self._staging.put(np.full(max_bs, -1, np.int32))
+        # First in every block, so that they always lie at the same address: captured graphs read them there.
+        self.max_tiles = max(max_bs // 2, 1)
+        self._rows = _DecodeRows(max_bs, self.max_tiles)
+        staged = self._staging.put(self._rows.words)
         self._staging.copy()
-        self._decode = DecodeBatch(zeros(max_bs), zeros(max_bs), self.decode_slots, zeros(max_bs), zeros(max_bs))
+        self.decode_slots, skips, places, firsts, counts, ends = staged.split(self._rows.sizes)
+        tiles = DecodeTiles(firsts, counts, ends, skips, places)
+        self._decode = DecodeBatch(zeros(max_bs), zeros(max_bs), self.decode_slots, zeros(max_bs), zeros(max_bs), tiles)
+        self._tables = np.zeros((max_bs, self.page_table.shape[1]), np.int32)  # the page table, on the CPU
+        self._last_decodes: Ints | None = None  # slots in the order of the plan; None: look for tiles again
+        self._last_order: npt.NDArray[np.int64] | None = None
         self._num_computed = np.zeros(max_bs, np.int64)
         self._prompt_len = np.zeros(max_bs, np.int64)
         self._rules: list[LogitsRules | None] = [None] * max_bs
         self._logprobs = np.full(max_bs, _NONE)
-        self._special = np.zeros(max_bs, np.bool_)  # has rules, or wants log probabilities
+        self._special_until = np.zeros(max_bs, np.int64)  # outputs: before, it has rules or log probabilities
         self._prompts: list[PromptScores | None] = [None] * max_bs
         self._device = device
 
@@ -97,9 +142,8 @@ class DeviceState:
         # A request's first row may read pages that this step fills, though it be a single token: it is a chunk.
         decodes = plan.sample & (plan.num_tokens == 1) & ~np.isin(plan.slots, new_slots)
         decode_rows, chunk_rows = np.flatnonzero(decodes), np.flatnonzero(~decodes)
-        slots = np.full(self._max_bs, -1, np.int32)
-        slots[: len(decode_rows)] = plan.slots[decode_rows]
-        self._staging.put(slots)
+        decode_rows = decode_rows[self._arrange(plan, plan.slots[decode_rows])]
+        self._staging.put(self._rows.words)
         deltas = self._put_deltas(plan)
         cached = self._num_computed[plan.slots]
         self._num_computed[plan.slots] += plan.num_tokens
@@ -118,14 +162,34 @@ class DeviceState:
             scored=self._scored_spans(plan, chunk_rows, cached),
         )
 
+    def _arrange(self, plan: StepPlan, slots: Ints) -> npt.NDArray[np.int64] | slice:
+        """Put decode rows that share pages together; returns the order they got."""
+        remapped = plan.page_index * self._page_size < self._num_computed[plan.page_slots]
+        self._tables[plan.page_slots, plan.page_index] = plan.page_ids
+        if plan.new or remapped.any() or self._last_decodes is None or not np.array_equal(slots, self._last_decodes):
+            shared = None
+            if len(slots) >= CASCADE_ROWS and self._tile_rows > 1:
+                full = self._num_computed[slots] // self._page_size
+                least = -(-_MIN_SHARED // self._page_size)
+                shared = shared_prefixes(self._tables[slots], full, self._tile_rows, least)
+            self._last_order = None if shared is None else shared.order
+            self._rows.fill(slots, shared, self._tile_rows)
+            self._last_decodes = slots
+        return slice(None) if self._last_order is None else self._last_order
+
     def is_special(self, slots: Ints) -> bool:
         """Whether a row needs more between its logits and its token than sampling settings say."""
-        return bool(self._special[slots].any())
+        return bool((self._num_outputs(slots) < self._special_until[slots]).any())
 
     def rules(self, slots: Ints) -> list[tuple[int, LogitsRules]]:
         """Rows whose logits change before they are sampled."""
+        counts = self._num_outputs(slots).tolist()
         theirs = ((row, self._rules[slot]) for row, slot in enumerate(slots.tolist()))
-        return [(row, rules) for row, rules in theirs if rules is not None]
+        return [(row, rules) for row, rules in theirs if rules is not None and counts[row] < rules.until]
+
+    def _num_outputs(self, slots: Ints) -> npt.NDArray[np.int64]:
+        """Before the token that the step samples."""
+        return self._num_computed[slots] - self._prompt_len[slots]
 
     def apply_rules(self, rules: LogitsRules, logits: Tensor, slot: int, position: int) -> None:
         """Change ``logits`` [vocabulary] of the token at ``position``."""
@@ -148,6 +212,7 @@ class DeviceState:
             batch.positions,
             batch.lengths,
             batch.page_ends,
+            batch.tiles.skips,
             rows,
             ROWS_PAD=triton.next_power_of_2(self._max_bs),
             PAGE=self._page_size,
@@ -159,6 +224,7 @@ class DeviceState:
             batch.slots[:rows],
             batch.lengths[:rows],
             batch.page_ends[:rows],
+            batch.tiles,
         )
 
     def begin_prefill(self, prefill: Prefill) -> Tensor:
@@ -205,7 +271,9 @@ class DeviceState:
         self._num_computed[slot] = request.num_computed
         self._prompt_len[slot] = request.prompt_len
         self._rules[slot] = logits_rules(params, request.stop_token_ids, request.bad_words, self._device)
-        self._special[slot] = self._rules[slot] is not None or params.logprobs is not None
+        rules = self._rules[slot]
+        until = 0 if rules is None else rules.until
+        self._special_until[slot] = until if params.logprobs is None else sys.maxsize
         self._logprobs[slot] = _NONE if params.logprobs is None else params.logprobs
         self._prompts[slot] = None
         if params.prompt_logprobs is not None:
@@ -309,6 +377,7 @@ def _begin_decode(
     row_positions,
     row_lengths,
     page_ends,
+    skips,
     rows,
     ROWS_PAD: tl.constexpr,
     PAGE: tl.constexpr,
@@ -322,6 +391,6 @@ def _begin_decode(
     tl.store(row_tokens + row, token, mask=there)
     tl.store(row_positions + row, position, mask=there)
     tl.store(row_lengths + row, tl.where(live, position + 1, 0), mask=there)
-    pages = tl.where(live, (position + PAGE) // PAGE, 0)
+    pages = tl.where(live, (position + PAGE) // PAGE - tl.load(skips + row, mask=live, other=0), 0)
     tl.store(page_ends + row, tl.cumsum(pages, axis=0), mask=there)
     tl.store(lengths + slot, position + 1, mask=live)

@@ -38,6 +38,8 @@ class DecodeGraphs:
             sample(size)
             torch.cuda.synchronize()
             self._graphs[size] = (_capture(forward, size, pool), _capture(sample, size, pool))
+            for graph in self._graphs[size]:
+                graph.replay()  # the first launch takes memory on the device, and may wait for it to be idle
             progress((number + 1) / len(sizes))
         gc.collect()
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.cuda import DEVICE, on_gpu  # isort: skip
-from radix_backend.attention.cuda_decode import CudaDecode, DecodeShape
+from radix_backend.attention.cuda_decode import CudaDecode, DecodeShape, DecodeTiles, tile_rows
 from radix_backend.attention.cuda_extend import extend, tile_tokens, tiles
 from radix_backend.attention.cuda_kv_write import rotate_and_write
 from radix_backend.layers.ops import TorchOps
@@ -77,6 +77,38 @@ def test_decode_equals_torch(lengths, heads, kv_heads, head_dim, page_size, dtyp
     shape = DecodeShape(shares, 32 if dtype == torch.float32 else 64, 4, 2)
     out = torch.full((len(lengths), heads, head_dim), torch.nan, dtype=dtype, device=DEVICE)
     CudaDecode(16, heads, keys, shape)(q, keys, values, table, slots, ints(*lengths), ends, out)
+    for row, length in enumerate(lengths):
+        if length:
+            assert_near(out[row], reference(q[row : row + 1], keys, values, table, row, length)[0], dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), SHAPES)
+@pytest.mark.parametrize("shares", [1, 7])
+@pytest.mark.parametrize("groups", [[], [(0, 2, 80)], [(1, 4, 96), (5, 2, 16), (8, 2, 160)]])
+def test_decode_that_reads_shared_pages_once_equals_torch(groups, shares, heads, kv_heads, head_dim, page_size, dtype):
+    if DEVICE == "cpu" and (dtype != torch.float32 or kv_heads == 8):
+        pytest.skip("slow in the interpreter")
+    lengths = [97, 161, 97, 190, 100, 40, 33, 0, 170, 161]
+    keys, values, table = paged(lengths, kv_heads, page_size, head_dim, dtype)
+    skips, places = torch.zeros(10, dtype=torch.int32), torch.full((10,), -1, dtype=torch.int32)
+    firsts, counts, pages = torch.zeros(3, 4, dtype=torch.int32)
+    for tile, (first, count, tokens) in enumerate(groups):
+        firsts[tile], counts[tile], pages[tile] = first, count, tokens // page_size
+        rows = slice(first, first + count)
+        skips[rows] = tokens // page_size
+        places[rows] = tile * tile_rows(heads // kv_heads) + torch.arange(count)
+        table[rows, : tokens // page_size] = table[first, : tokens // page_size].clone()
+    q = randn(len(lengths), heads + 1, head_dim, dtype=dtype)[:, :heads]
+    own = torch.tensor([-(-length // page_size) for length in lengths]) - skips
+    slots = ints(*[slot if length else -1 for slot, length in enumerate(lengths)])
+    ends = [each.cumsum(0).to(DEVICE, torch.int32) for each in (own, pages)]
+    shape = DecodeShape(shares, 32 if dtype == torch.float32 else 64, 4, 2)
+    out = torch.full((len(lengths), heads, head_dim), torch.nan, dtype=dtype, device=DEVICE)
+    shared = DecodeTiles(firsts.to(DEVICE), counts.to(DEVICE), ends[1], skips.to(DEVICE), places.to(DEVICE))
+    decode = CudaDecode(16, heads, keys, shape, max_tiles=4)
+    decode(q, keys, values, table, slots, ints(*lengths), ends[0], out, shared)
     for row, length in enumerate(lengths):
         if length:
             assert_near(out[row], reference(q[row : row + 1], keys, values, table, row, length)[0], dtype)

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from tests.cuda import DEVICE, on_gpu  # isort: skip
+from radix_backend.layers.cuda_few_rows import add_product, gated_product, normed_product
 from radix_backend.layers.cuda_ops import CudaOps
 from radix_backend.layers.ops import TorchOps
 
@@ -32,3 +33,25 @@ def test_norm_equals_torch(tokens, hidden, dtype):
 def test_activation_equals_torch(tokens, inner, dtype):
     gate_up = randn(tokens, 2 * inner, dtype=dtype) * 3
     torch.testing.assert_close(CudaOps().silu_mul(gate_up), TorchOps().silu_mul(gate_up), rtol=DTYPES[dtype], atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 64, 96), (3, 896, 130), (4, 1024, 18), (2, 4864, 7)])
+def test_products_of_few_rows_equal_torch(rows, inputs, outputs, biased, dtype):
+    residual, norm = randn(rows, inputs), randn(inputs, dtype=dtype, seed=1)
+    weight = randn(2 * outputs, inputs, dtype=dtype, seed=2) / inputs**0.5
+    bias = randn(2 * outputs, dtype=dtype, seed=3) if biased else None
+    normed = torch.nn.functional.rms_norm(residual, (inputs,), norm.float(), 1e-6)
+    expected = normed @ weight.float().T + (0 if bias is None else bias.float())
+    tolerance = {"rtol": DTYPES[dtype] * 4, "atol": DTYPES[dtype] * 4}
+    result = normed_product(residual, norm, 1e-6, weight, bias)
+    assert result.dtype == dtype
+    torch.testing.assert_close(result.float(), expected, **tolerance)
+    gated = gated_product(residual, norm, 1e-6, weight, bias)
+    assert gated.dtype == dtype
+    torch.testing.assert_close(gated.float(), TorchOps().silu_mul(expected), **tolerance)
+    x, sums = randn(rows, inputs, dtype=dtype, seed=4), randn(rows, 2 * outputs, seed=5)
+    expected = sums + x.float() @ weight.float().T + (0 if bias is None else bias.float())
+    add_product(sums, x, weight, bias)
+    torch.testing.assert_close(sums, expected, **tolerance)

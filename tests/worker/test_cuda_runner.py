@@ -85,6 +85,28 @@ def test_a_row_reads_pages_that_another_row_of_the_same_step_writes(model, page_
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_rows_that_share_a_prefix_generate_as_if_alone(model, mode):
+    directory, reference = model
+    common = [prompt(80), prompt(70, seed=9)]
+    own = [prompt(3 + 5 * i, seed=20 + i) for i in range(9)]
+    with driver(directory, mode, page_size=8, max_bs=16) as d:
+        first = [d.new(group, common[group] + own[group]) for group in range(2)]
+        d.step(*[(row, len(row.tokens)) for row in first])
+        shared = [row.pages[:8] for row in first]
+        rest = [d.new(12 - i, common[i % 2] + own[i], pages=shared[i % 2]) for i in range(2, 9)]
+        d.step(*[(row, 1) for row in first], *[(row, len(row.tokens) - 64) for row in rest])
+        rows = [first[0], *rest, first[1]]
+        d.decode(*rows, count=3)
+        d.decode(*rows[1:], count=2)
+        d.remap(first[1], first[1].pages[:1])
+        d.decode(*reversed(rows[1:]), count=1)
+        d.decode(*rows[:3], count=2)
+    for i, row in enumerate([*first, *rest]):
+        assert row.outputs == greedy(reference, common[i % 2] + own[i], len(row.outputs)), i
+    assert [len(row.outputs) for row in rows] == [7, 9, 9, 7, 7, 7, 7, 7, 8]
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_a_slot_can_be_reused_while_its_last_step_is_in_flight(model, mode):
     directory, reference = model
     with driver(directory, mode) as d:
