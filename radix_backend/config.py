@@ -48,8 +48,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Literal["auto", "cpu", "cuda"], Meta(description="what computes the steps; auto: a GPU if there is one")
     ] = "auto"
     attention_backend: Annotated[
-        Literal["auto", "triton", "torch_native"],
-        Meta(description="kernels of attention; auto: triton (the language) on a GPU, else torch_native"),
+        Literal["auto", "triton", "flashinfer", "flashinfer-fa2", "flashinfer-fa3", "torch_native"],
+        Meta(
+            description="kernels of attention; auto: the fastest that are ready: triton (the language) on a GPU, on "
+            "Hopper with flashinfer-fa3 for prefill once that is compiled; torch_native on a CPU, and on a GPU as a "
+            "slow reference; flashinfer: with fa3 for prefill on Hopper, else fa2"
+        ),
     ] = "auto"
     load_format: Annotated[
         Literal["auto", "dummy"], Meta(description="dummy: random weights from config.json alone, for measuring")

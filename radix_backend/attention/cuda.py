@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -33,12 +35,23 @@ class DecodeBatch:
 
 
 @dataclass(frozen=True)
+class Chunks:
+    """A step's prefill chunks by columns [chunks] int32: on the CPU for those who plan, on the device for kernels."""
+
+    num_tokens: npt.NDArray[np.int32]
+    lengths: npt.NDArray[np.int32]  # tokens of the request up to the chunk's end
+    device_slots: Tensor
+    device_lengths: Tensor
+
+
+@dataclass(frozen=True)
 class PrefillBatch:
     """Chunks, one after the other; tensors [tokens] int32 on the device."""
 
     positions: Tensor
     slots: Tensor
     tiles: Tensor  # cuda_extend.tiles
+    chunks: Chunks
 
 
 class CudaAttention:
@@ -61,6 +74,12 @@ class CudaAttention:
         num_sms = torch.cuda.get_device_properties(keys.device).multi_processor_count if keys.is_cuda else 4
         shape = decode_shape(keys.dtype, keys.shape[3], keys.shape[1], num_sms)
         self._decode_rows = CudaDecode(max_rows, num_heads, keys, shape, max_tiles)
+
+    def plan_decode(self, rows: int, lengths: npt.NDArray[np.int64]) -> None:
+        """Called before each step of ``rows`` decode rows, captured or not; those beyond ``lengths`` are padding.
+
+        ``lengths``: tokens attended to. The kernels here need no plan.
+        """
 
     def decode(self, batch: DecodeBatch) -> Attend:
         """Can be captured."""

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from radix_backend.attention.cuda import CudaAttention, PrefillBatch
+from radix_backend.attention.cuda import Chunks, PrefillBatch
+from radix_backend.attention.cuda_backends import cuda_attention, resolve_backends
 from radix_backend.attention.cuda_decode import tile_rows
 from radix_backend.attention.cuda_extend import tile_tokens
 from radix_backend.attention.kv_pool import KVPool
@@ -68,6 +69,7 @@ class CudaRunner:
         model = read_model_config(model_dir)
         context_len = effective_context_len(config, model)
         self._dtype = _DTYPES[config.dtype]
+        self._backends = resolve_backends(config.attention_backend, self._dtype, model.head_dim)
         self._last_buffer = 0
         self._started = time.monotonic()
         free = torch.cuda.mem_get_info()[0] if self._cuda else 0
@@ -93,6 +95,8 @@ class CudaRunner:
         special = self._state.is_special(step.sample_slots)
         if step.num_decode:
             size = self._graphs.padded(step.num_decode) if self._graphs else step.num_decode
+            # What a row samples next comes after all that it attends to.
+            self._attention.plan_decode(size, step.sample_positions[: step.num_decode])
             (self._graphs.forward if self._graphs else self._forward)(size)
             if special:
                 logits.append(self._logits[: step.num_decode].clone())
@@ -227,7 +231,8 @@ class CudaRunner:
         self._launched: deque[_Launched] = deque()
 
     def _attach(self, pool: KVPool, model: ModelConfig) -> None:
-        self._attention = CudaAttention(
+        self._attention = cuda_attention(
+            self._backends,
             pool,
             self._state.page_table,
             model.num_heads,
@@ -263,7 +268,8 @@ class CudaRunner:
         padding = torch.full((tokens,), -1, dtype=torch.int32, device=self._device)
         zeros = torch.zeros_like(padding)
         none = torch.zeros(0, 5, dtype=torch.int32, device=self._device)
-        attend = self._attention.extend(PrefillBatch(positions=zeros, slots=padding, tiles=none))
+        chunks = Chunks(np.empty(0, np.int32), np.empty(0, np.int32), none, none)
+        attend = self._attention.extend(PrefillBatch(positions=zeros, slots=padding, tiles=none, chunks=chunks))
         hidden = self._model.forward(zeros, attend)
         logits = self._model.logits(hidden, zeros[: self._max_bs])
         self._sample_into(logits, padding[: self._max_bs], 0)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from radix_backend.attention.cuda import DecodeBatch, PrefillBatch
+from radix_backend.attention.cuda import Chunks, DecodeBatch, PrefillBatch
 from radix_backend.attention.cuda_decode import CASCADE_ROWS, DecodeTiles
 from radix_backend.attention.cuda_extend import tiles
 from radix_backend.attention.shared_prefix import SharedPrefixes, shared_prefixes
@@ -46,8 +46,6 @@ class PromptScores:
 @dataclass(frozen=True)
 class Prefill:
     batch: PrefillBatch
-    slots: Tensor  # [chunks] int32
-    lengths: Tensor  # [chunks] int32: tokens computed after this step
     sampled: Tensor  # [sampling chunks] int32: index of the token whose logits are sampled
     sample_slots: Tensor  # [sampling chunks] int32
 
@@ -229,7 +227,8 @@ class DeviceState:
 
     def begin_prefill(self, prefill: Prefill) -> Tensor:
         """Advance the chunks; returns their token ids [tokens] int32."""
-        self.lengths[prefill.slots] = prefill.lengths
+        chunks = prefill.batch.chunks
+        self.lengths[chunks.device_slots] = chunks.device_lengths
         return self.token_ids[prefill.batch.slots, prefill.batch.positions]
 
     # ── what is staged ──────────────────────────────────────────────────────────────────────────────────────
@@ -253,15 +252,15 @@ class DeviceState:
         ends = np.cumsum(counts, dtype=np.int32)
         firsts = ends - counts
         positions = np.arange(ends[-1], dtype=np.int32) - np.repeat(firsts - cached, counts)
+        lengths = cached + counts
         batch = PrefillBatch(
             positions=put(positions),
             slots=put(np.repeat(slots, counts)),
             tiles=put(tiles(firsts, counts, slots, cached, self._tile_tokens)),
+            chunks=Chunks(counts, lengths, put(slots), put(lengths)),
         )
         return Prefill(
             batch=batch,
-            slots=put(slots),
-            lengths=put(cached + counts),
             sampled=put(ends[sample] - 1),
             sample_slots=put(slots[sample]),
         )

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 _ACCEPTED: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": {"dtype": ("auto", "bfloat16", "float32"), "attention_backend": ("auto", "torch_native")},
-    "cuda": {"attention_backend": ("auto", "triton")},
+    "cuda": {},
 }
 
 
