@@ -61,7 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--shape", choices=SHAPES, help="of a model with random weights, instead of --model")
     parser.add_argument("--temperature", type=float, default=0.6, help="(default: 0.6)")
     parser.add_argument(
-        "--clients", type=int, default=min(8, max(1, (os.cpu_count() or 1) // 2)), help="processes (default: %(default)s)"
+        "--clients",
+        type=int,
+        default=min(8, max(1, (os.cpu_count() or 1) // 2)),
+        help="processes (default: %(default)s)",
     )
     parser.add_argument("--served-model", default="", metavar="NAME", help="of a running server (default: its first)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")

@@ -55,7 +55,7 @@ def write_model(directory: Path, shape: str) -> None:
     byte_level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
     space = "\u0120"  # how byte-level vocabularies write it
     vocabulary = {f"{space}{token}": token for token in range(config["vocab_size"])}
-    tokenizer = {
+    tokenizer: dict[str, Any] = {
         "version": "1.0",
         "added_tokens": [],
         "normalizer": None,

@@ -20,8 +20,12 @@ def main() -> None:
     setup_logging(config.log_level)
     reporter = Reporter()
     with fatal_on_user_error(reporter):
-        from radix_backend.worker import create_worker  # brings torch, which the engine's own floor does not need
+        from radix_backend.worker import (
+            create_worker,
+            settle_device,
+        )  # brings torch, which the engine's own floor does not need
 
+        config = settle_device(config)
         worker = create_worker(config, Path(model_dir), reporter)
         context, socket = bind(address)
         core = EngineCore(config, worker, socket, reporter)

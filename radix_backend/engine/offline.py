@@ -23,7 +23,7 @@ from radix_backend.load import Load, Outcome, Session, Trace
 from radix_backend.process import Reporter, setup_logging
 from radix_backend.protocol import RUNNING
 from radix_backend.sampling_params import SamplingParams
-from radix_backend.worker import create_worker
+from radix_backend.worker import create_worker, settle_device
 from radix_backend.worker.interface import Worker
 
 
@@ -57,9 +57,7 @@ class _Conversation:
 class _Run:
     """One load, from its first arrival to its last token."""
 
-    def __init__(
-        self, worker: Worker, scheduler: Scheduler, depth: int, ids: itertools.count[int], load: Load
-    ) -> None:
+    def __init__(self, worker: Worker, scheduler: Scheduler, depth: int, ids: itertools.count[int], load: Load) -> None:
         self._worker, self._scheduler, self._depth, self._ids = worker, scheduler, depth, ids
         self._temperature = load.temperature
         self._arrivals = [(session.arrival, index) for index, session in enumerate(load.sessions)]
@@ -139,6 +137,7 @@ class _Run:
 def main() -> None:
     config = EngineConfig.parse(msgspec.json.decode(sys.argv[1]))
     setup_logging(config.log_level)
+    config = settle_device(config)
     worker = create_worker(config, Path(sys.argv[2]), Reporter())
     engine = OfflineEngine(config, worker)
     gc.collect()

@@ -18,13 +18,27 @@ if TYPE_CHECKING:
 # takes half as long again.
 _SPIN_COUNT = "10000"
 
-__all__ = ["create_worker"]
+__all__ = ["create_worker", "settle_device"]
+
+
+def settle_device(config: EngineConfig) -> EngineConfig:
+    """``config`` with the device that is there, and what depends on it. Raises Unavailable where it cannot be used."""
+    _set_spin_count()
+    from radix_backend.worker.selection import select_device
+
+    return config.on_device(select_device(config))
 
 
 def create_worker(config: EngineConfig, model_dir: Path, reporter: Reporter) -> Worker:
     """Load the model in ``model_dir``. Raises RadixError for what the user can mend."""
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)  # libgomp reads it when torch is imported
+    if not config.is_settled:
+        config = settle_device(config)
+    _set_spin_count()
     from radix_backend.worker.selection import select_worker
 
     return select_worker(config, model_dir, reporter)
+
+
+def _set_spin_count() -> None:
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)  # libgomp reads it when torch is imported
