@@ -98,6 +98,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ] = 4096
     tp_size: Annotated[int, Meta(ge=1, description="tensor parallel ranks")] = 1
     pp_size: Annotated[int, Meta(ge=1, description="pipeline parallel stages")] = 1
+    profile: Annotated[
+        bool, Meta(description="record a torch profile from the start on, as `radix-backend profile start` does later")
+    ] = False
+    profile_dir: Annotated[
+        str | None, Meta(description="where profiles are written; default: profiles in RADIX_HOME")
+    ] = None
     disable_async_scheduling: Annotated[
         bool, Meta(description="wait for each step's tokens before scheduling the next")
     ] = False

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from radix_backend.attention.cuda import CudaAttention, PrefillBatch
 from radix_backend.attention.cuda_extend import tile_tokens
@@ -92,13 +93,16 @@ class CudaRunner:
         special = self._state.is_special(step.sample_slots)
         if step.num_decode:
             size = self._graphs.padded(step.num_decode) if self._graphs else step.num_decode
-            (self._graphs.forward if self._graphs else self._forward)(size)
+            with record_function("forward"):
+                (self._graphs.forward if self._graphs else self._forward)(size)
             if special:
                 logits.append(self._logits[: step.num_decode].clone())
             else:
-                (self._graphs.sample if self._graphs else self._sample)(size)
+                with record_function("sample"):
+                    (self._graphs.sample if self._graphs else self._sample)(size)
         if step.prefill is not None:
-            hidden = self._prefill(step.prefill)
+            with record_function("forward"):
+                hidden = self._prefill(step.prefill)
             prompt_logprobs = [self._score(hidden, span) for span in step.scored]
             logits.append(self._model.logits(hidden, step.prefill.sampled))
             if not special:
