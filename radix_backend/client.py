@@ -24,6 +24,7 @@ from radix_backend.protocol import (
     Goodbye,
     Message,
     ModelInfo,
+    Profile,
     RenderChat,
     Stats,
     Status,
@@ -42,6 +43,7 @@ TokenIds = Sequence[int] | npt.NDArray[Any]
 
 STALL_SECONDS = 10.0  # without a sign of progress, after which an engine is taken for stuck
 _CALL_TIMEOUT = 30.0  # seconds
+_PROFILE_TIMEOUT = 300.0
 _MAX_TOKEN_ID = 2**31 - 1
 
 
@@ -214,6 +216,14 @@ class EngineClient:
     def stats(self, *, audit: bool = False, timeout: float = _CALL_TIMEOUT) -> dict[str, float]:
         """The engine's figures, see engine/stats.py; ``audit`` checks its page invariant first."""
         return dict(self._ask(lambda call: Stats(call, audit), timeout))
+
+    def profile(self, start: bool, *, timeout: float = _PROFILE_TIMEOUT) -> str:
+        """Start or stop recording a profile of the engine, whoever started it; a stop returns the file.
+
+        To write it takes seconds, for which every stream waits. Raises InvalidArgument for a second start, or a stop
+        without a start.
+        """
+        return str(self._ask(lambda call: Profile(call, start), timeout))
 
     def close(self, linger: bool = True) -> None:
         """Give the lease up; requests that run end with Cancelled. Returns when the I/O thread is done.

@@ -30,7 +30,19 @@ _UNITS = {
 }
 
 
-class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+# What a step may hold where the settings do not say. A GPU needs large batches to be busy, a CPU small ones.
+DEVICE_DEFAULTS = {
+    "cuda": {"max_bs": 256, "max_batched_tokens": 16384},
+    "cpu": {"max_bs": 64, "max_batched_tokens": 512},
+}
+
+
+def _by_device(name: str) -> str:
+    return f"default: {DEVICE_DEFAULTS['cuda'][name]} on a GPU, {DEVICE_DEFAULTS['cpu'][name]} on a CPU"
+
+
+# `omit_defaults`: the 0 that stands for "by device" is no value that `max_bs` accepts, so it must not travel.
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """Settings of one engine. Build it with `parse` when the values come from a user."""
 
     model: Annotated[
@@ -61,10 +73,17 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     enforce_eager: Annotated[
         bool, Meta(description="launch every kernel from the CPU instead of capturing CUDA graphs")
     ] = False
-    max_bs: Annotated[int, Meta(ge=1, le=4096, description="most requests in one step (batch size)")] = 64
+    max_bs: Annotated[
+        int, Meta(ge=1, le=4096, description=f"most requests in one step (batch size); {_by_device('max_bs')}")
+    ] = 0
     max_batched_tokens: Annotated[
-        int, Meta(ge=16, description="token budget of a step: decodes first, the rest goes to prefill chunks")
-    ] = 512
+        int,
+        Meta(
+            ge=16,
+            description="token budget of a step: decodes first, the rest goes to prefill chunks; "
+            + _by_device("max_batched_tokens"),
+        ),
+    ] = 0
     context_len: Annotated[
         Annotated[int, Meta(ge=2)] | None,
         Meta(description="most tokens of prompt plus output; default: the model's own limit"),
@@ -83,6 +102,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ] = 4096
     tp_size: Annotated[int, Meta(ge=1, description="tensor parallel ranks")] = 1
     pp_size: Annotated[int, Meta(ge=1, description="pipeline parallel stages")] = 1
+    profile: Annotated[
+        bool, Meta(description="record a torch profile from the start on, as `radix-backend profile start` does later")
+    ] = False
+    profile_dir: Annotated[
+        str | None, Meta(description="where profiles are written; default: profiles in RADIX_HOME")
+    ] = None
     disable_async_scheduling: Annotated[
         bool, Meta(description="wait for each step's tokens before scheduling the next")
     ] = False
@@ -115,11 +140,23 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 )
         return msgspec.structs.replace(config, model=_absolute_model(config.model))
 
+    def on_device(self, device: Literal["cpu", "cuda"]) -> EngineConfig:
+        """With the device settled, and with it what depends on it."""
+        defaults = DEVICE_DEFAULTS[device]
+        max_bs = self.max_bs or defaults["max_bs"]
+        max_batched_tokens = self.max_batched_tokens or max(max_bs, defaults["max_batched_tokens"])
+        return msgspec.structs.replace(self, device=device, max_bs=max_bs, max_batched_tokens=max_batched_tokens)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether `on_device` has nothing left to do."""
+        return self.device != "auto" and bool(self.max_bs and self.max_batched_tokens)
+
     def identity(self) -> str:
         """16 hex digits that two configurations share exactly when one sidecar can serve both."""
         engine_side = msgspec.to_builtins(self)
         for client_side in ("engine_python", "engine_endpoint", "linger", "log_level"):
-            del engine_side[client_side]
+            engine_side.pop(client_side, None)
         return hashlib.blake2b(json.dumps(engine_side, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 

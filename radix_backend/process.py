@@ -77,13 +77,16 @@ class Reporter:
         self._lock = threading.Lock()
         self._report = Report(phase="starting")
         self._sent_at = 0.0
+        self._phase_name, self._phase_since = "starting", time.monotonic()
 
     def phase(self, name: str, fraction: float | None = None) -> None:
         """Work on the way to ready, such as "loading weights"; ``fraction`` of it is done. Counts as progress."""
+        self._time(name)
         self._send(name, fraction, 0 if name != self._report.phase or fraction == 1 else _PHASE_INTERVAL)
 
     def ready(self) -> None:
         """The process serves."""
+        self._time("ready")
         self._send("ready")
 
     def failed(self, message: str) -> None:
@@ -94,6 +97,13 @@ class Reporter:
         """Something got done, or there is nothing to do. A fraction of a microsecond on most calls."""
         if self._pipe is not None and time.monotonic() - self._sent_at >= _REPORT_INTERVAL:
             self._send(self._report.phase, self._report.fraction)
+
+    def _time(self, phase: str) -> None:
+        """Log how long the phase before this one took."""
+        if phase != self._phase_name:
+            now = time.monotonic()
+            _log.info("%s: %.1f s", self._phase_name, now - self._phase_since)
+            self._phase_name, self._phase_since = phase, now
 
     def _send(self, phase: str, fraction: float | None = None, interval: float = 0, message: str = "") -> None:
         now = time.monotonic()

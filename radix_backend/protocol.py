@@ -102,7 +102,14 @@ class Stats(Message):
     audit: bool = False  # check the page invariant first (milliseconds): adds "audit_findings"
 
 
-ClientMessage = Hello | Submit | Abort | RenderChat | Tokenize | Detokenize | Stats
+class Profile(Message):
+    """Start or stop recording a profile of the engine: `Reply.value` is the file that a stop wrote, "" for a start."""
+
+    call: int
+    start: bool
+
+
+ClientMessage = Hello | Submit | Abort | RenderChat | Tokenize | Detokenize | Stats | Profile
 
 # ── gateway → door ──────────────────────────────────────────────────────────────────────
 
@@ -221,7 +228,12 @@ class EngineStats(Message):
     audit: bool = False
 
 
-EngineCommand = Admit | Finish | EngineStats
+class EngineProfile(Message):
+    call: int
+    start: bool
+
+
+EngineCommand = Admit | Finish | EngineStats | EngineProfile
 
 # ── engine → gateway ──────────────────────────────────────────────────────────────────────
 
@@ -261,7 +273,9 @@ class EngineRejected(Message):
 
 class EngineReply(Message):
     call: int
-    value: dict[str, float]
+    value: dict[str, float] | str
+    code: str = ""  # of an error, see errors.from_code
+    message: str = ""
 
 
 EngineMessage = Step | PromptScores | EngineRejected | EngineReply

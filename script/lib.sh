@@ -75,6 +75,37 @@ make_venv() {
     "$python" -m venv .venv
 }
 
+# find_engine: what the engine runs on, "cuda" or "cpu", in $engine; says which and why.
+find_engine() {
+    local finding status=0
+    finding=$("$PY" radix_backend/cli/gpu.py) || status=$?
+    engine=cpu
+    case $status in
+    0)
+        engine=cuda
+        say "GPU: $finding: the engine runs on it (--device cpu declines)."
+        ;;
+    1) say "GPU: none: the engine runs on the CPU." ;;
+    2) say "GPU: $finding." "It cannot be used: the engine runs on the CPU." ;;
+    *) die "Looking for a GPU failed." ;;
+    esac
+}
+
+# torch_has_cuda: the installed torch is a build with CUDA (its version ends in +cpu otherwise).
+torch_has_cuda() { "$PY" -c 'import sys; from importlib.metadata import version; sys.exit(version("torch").endswith("+cpu"))' 2>/dev/null; }
+
+# Gigabytes: torch with CUDA, from RADIX_TORCH_INDEX if that is set, else from where pip finds it.
+install_torch_cuda() {
+    if has "$TORCH" && torch_has_cuda; then
+        return
+    fi
+    local index=()
+    [ -z "${RADIX_TORCH_INDEX:-}" ] || index=(--index-url "$RADIX_TORCH_INDEX")
+    quietly "Installing torch with CUDA (several GB)" pip install --upgrade ${index[@]+"${index[@]}"} "$TORCH"
+    torch_has_cuda || die "pip found a CPU build of torch only. Set RADIX_TORCH_INDEX to an index of CUDA builds," \
+        "such as https://download.pytorch.org/whl/cu130, or serve on the CPU: script/server --device cpu"
+}
+
 # A plain `pip install torch` brings gigabytes of CUDA, unless pip is set up to find a CPU build.
 install_torch() {
     if has "$TORCH"; then
@@ -110,6 +141,7 @@ install_extras() {
     fi
     quietly "Updating pip" pip install --upgrade "pip>=23.1"
     case $2 in
+    *cuda*) install_torch_cuda ;;
     *cpu*) install_torch ;;
     esac
     quietly "Installing radix-backend[$2]" pip install --editable ".[$2]"

@@ -34,9 +34,34 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
         "intermediate_size": 4864,
     },
+    "tiny": {  # to try the bench itself
+        **_QWEN,
+        "architectures": ["Qwen3ForCausalLM"],
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "intermediate_size": 128,
+        "vocab_size": 12_000,
+    },
 }
 
 
-def write_config(directory: Path, shape: str) -> None:
-    """Write the config.json of a key of `SHAPES`."""
-    (directory / "config.json").write_text(json.dumps(SHAPES[shape]))
+def write_model(directory: Path, shape: str) -> None:
+    """A key of `SHAPES` as a model directory without weights: config.json, and a tokenizer whose token n is " n"."""
+    config = SHAPES[shape]
+    (directory / "config.json").write_text(json.dumps(config))
+    byte_level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    space = "\u0120"  # how byte-level vocabularies write it
+    vocabulary = {f"{space}{token}": token for token in range(config["vocab_size"])}
+    tokenizer: dict[str, Any] = {
+        "version": "1.0",
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": f"{space}0"},
+    }
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))

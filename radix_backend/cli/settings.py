@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from radix_backend.config import EngineConfig
+from radix_backend.config import DEVICE_DEFAULTS, EngineConfig
 
 _METAVARS = {
     msgspec.inspect.IntType: "INT",
@@ -26,7 +26,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         assert isinstance(field.type, msgspec.inspect.Metadata)
         metavar, switch = _metavar(field.type.type)
         text = str((field.type.extra_json_schema or {})["description"]).replace("%", "%%")
-        if field.default not in (None, ""):
+        if field.default not in (None, "") and field.name not in DEVICE_DEFAULTS["cpu"]:
             text += f" (default: {_spell(field.default)})"
         # A switch may stand alone, and may be set to false where the model repository says true.
         optional: dict[str, Any] = {"nargs": "?", "const": "true"} if switch else {}

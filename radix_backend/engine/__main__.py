@@ -20,11 +20,13 @@ def main() -> None:
     setup_logging(config.log_level)
     reporter = Reporter()
     with fatal_on_user_error(reporter):
-        from radix_backend.worker import create_worker  # brings torch, which the engine's own floor does not need
+        # Brings torch, which the engine's own floor does not need.
+        from radix_backend.worker import create_profiler, create_worker, settle_device
 
+        config = settle_device(config)
         worker = create_worker(config, Path(model_dir), reporter)
         context, socket = bind(address)
-        core = EngineCore(config, worker, socket, reporter)
+        core = EngineCore(config, worker, socket, reporter, create_profiler(config))
     signal.signal(signal.SIGTERM, lambda *_: core.stop())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal group; the supervisor decides
     reporter.ready()

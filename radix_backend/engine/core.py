@@ -22,6 +22,7 @@ from radix_backend.process import Reporter
 from radix_backend.protocol import (
     Admit,
     EngineCommand,
+    EngineProfile,
     EngineRejected,
     EngineReply,
     EngineStats,
@@ -31,18 +32,27 @@ from radix_backend.protocol import (
     array,
     column,
 )
-from radix_backend.worker.interface import Worker
+from radix_backend.worker.interface import NoProfiler, Profiler, Worker
 
 log = logging.getLogger(__name__)
 
 AUDIT_SECONDS = 60.0
 IDLE_POLL_MS = 500
+PROFILE_STEPS = 2000  # after which a forgotten profile ends by itself: it takes memory with every step
 
 
 class EngineCore:
     """Serves one gateway over ``socket`` (a ZeroMQ PAIR)."""
 
-    def __init__(self, config: EngineConfig, worker: Worker, socket: zmq.Socket[bytes], reporter: Reporter) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        worker: Worker,
+        socket: zmq.Socket[bytes],
+        reporter: Reporter,
+        profiler: Profiler | None = None,
+    ) -> None:
+        """``config`` is settled (`EngineConfig.on_device`)."""
         self.cache = KVCache(worker.num_pages, config.page_size)
         self.scheduler = Scheduler(
             self.cache,
@@ -61,6 +71,10 @@ class EngineCore:
         self._num_launched = 0  # steps in flight
         self._next_audit = time.monotonic() + AUDIT_SECONDS
         self._stopping = False
+        self._profiler = profiler or NoProfiler()
+        self._profile_until = 0  # steps
+        if config.profile:
+            self._start_profile()
 
     def stop(self) -> None:
         """Make `run` return (from a signal handler)."""
@@ -70,27 +84,35 @@ class EngineCore:
         while not self._stopping:
             self.turn()
         self._worker.close()
+        if self._profiler.active:
+            log.info("profile: %s", self._profiler.stop())
 
     def turn(self) -> None:
         """One turn of the loop; waits for a message when there is nothing else to do."""
         self._receive(block=self._num_launched == 0 and not self.scheduler.requests)
         with self.stats.host_time():
-            plan = self.scheduler.schedule()
+            with self._profiler.phase("schedule"):
+                plan = self.scheduler.schedule()
             if plan is not None:
-                self._worker.launch(plan)
+                with self._profiler.phase("launch"):
+                    self._worker.launch(plan)
                 self.stats.count_launch(int(plan.num_tokens.sum()))
                 self._num_launched += 1
             self._flush()
         if self._num_launched == self._depth or (plan is None and self._num_launched):
-            result = self._worker.settle()
-            self._num_launched -= 1
-            with self.stats.host_time():
-                self.scheduler.settle(result)
-                self._flush()
+            with self._profiler.phase("settle"):
+                with self._profiler.phase("wait"):
+                    result = self._worker.settle()
+                self._num_launched -= 1
+                with self.stats.host_time():
+                    self.scheduler.settle(result)
+                    self._flush()
             self.stats.num_steps += 1
             self._reporter.progress()
         elif not self.scheduler.requests:
             self._reporter.progress()
+        if self._profiler.active and self.stats.num_steps >= self._profile_until:
+            log.warning("the profile ends after %d steps: %s", PROFILE_STEPS, self._profiler.stop())
         if time.monotonic() > self._next_audit:
             self._next_audit = time.monotonic() + AUDIT_SECONDS
             for finding in self.cache.audit(repair=True):
@@ -130,6 +152,18 @@ class EngineCore:
                 self.scheduler.finish(request_id, command.reason)
         elif isinstance(command, EngineStats):
             self._send(EngineReply(command.call, self.stats.snapshot(audit=command.audit)))
+        elif isinstance(command, EngineProfile):
+            try:
+                path = self._start_profile() if command.start else self._profiler.stop()
+            except RadixError as error:
+                self._send(EngineReply(command.call, "", error.code, str(error)))
+            else:
+                self._send(EngineReply(command.call, path))
+
+    def _start_profile(self) -> str:
+        self._profiler.start()
+        self._profile_until = self.stats.num_steps + PROFILE_STEPS
+        return ""
 
     def _flush(self) -> None:
         """Send what the scheduler produced: the outputs as one message of columns."""

@@ -30,12 +30,14 @@ from radix_backend.protocol import (
     ClientMessage,
     Detokenize,
     EngineMessage,
+    EngineProfile,
     EngineReply,
     EngineStats,
     Finish,
     Hello,
     Message,
     ModelInfo,
+    Profile,
     PromptLogprobs,
     PromptScores,
     Rejected,
@@ -144,6 +146,10 @@ class Gateway:
             call = next(self._ids)
             self._calls[call] = (door, message.call)
             self._to_engine(EngineStats(call, message.audit))
+        elif isinstance(message, Profile):
+            call = next(self._ids)
+            self._calls[call] = (door, message.call)
+            self._to_engine(EngineProfile(call, message.start))
         else:
             self._on_call(door, message)
 
@@ -158,7 +164,7 @@ class Gateway:
             self._doors.refuse(identity, f"unreadable message: {error}")
         elif tag == "Submit":
             self._doors.send(door, Rejected(id, code, str(error)))
-        elif tag in ("RenderChat", "Tokenize", "Detokenize", "Stats"):
+        elif tag in ("RenderChat", "Tokenize", "Detokenize", "Stats", "Profile"):
             self._doors.send(door, Reply(id, code=code, message=str(error)))
         else:
             self._doors.refuse(identity, f"unreadable message: {error}")
@@ -346,7 +352,7 @@ class Gateway:
                 self._on_prompt_scores(message)
             elif isinstance(message, EngineReply):
                 door, call = self._calls.pop(message.call)
-                self._doors.send(door, Reply(call, message.value))
+                self._doors.send(door, Reply(call, message.value, message.code, message.message))
             elif message.id in self._requests:
                 self._refuse(self._requests[message.id], from_code(message.code, message.message))
 

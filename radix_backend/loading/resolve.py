@@ -50,17 +50,17 @@ def resolve_model(config: EngineConfig, reporter: Reporter) -> Path:
     else:
         raise NotFound(f"setting 'model' is {show(model)}, which does not exist; accepted: {_ACCEPTED}")
     effective_context_len(config, read_model_config(model_dir))
-    _check_layout(model_dir)
+    _check_layout(model_dir, weights=config.load_format != "dummy")
     return model_dir
 
 
-def _check_layout(model_dir: Path) -> None:
+def _check_layout(model_dir: Path, weights: bool) -> None:
     if not (model_dir / "tokenizer.json").is_file():
         raise NotFound(
             f"{model_dir} has no tokenizer.json; make one with transformers: "
             "AutoTokenizer.from_pretrained(directory).save_pretrained(directory)"
         )
-    if not any(model_dir.glob("*.safetensors")):
+    if weights and not any(model_dir.glob("*.safetensors")):
         if any(model_dir.glob("*.bin")):
             raise Unsupported(f"{model_dir} holds its weights as .bin (pickle); accepted: *.safetensors")
         raise NotFound(f"{model_dir} has no *.safetensors")

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from radix_backend.config import EngineConfig
-from radix_backend.worker.interface import Worker
+from radix_backend.config import EngineConfig, radix_home
+from radix_backend.worker.interface import Profiler, Worker
 
 if TYPE_CHECKING:
     from radix_backend.process import Reporter
@@ -18,13 +18,34 @@ if TYPE_CHECKING:
 # takes half as long again.
 _SPIN_COUNT = "10000"
 
-__all__ = ["create_worker"]
+__all__ = ["create_profiler", "create_worker", "settle_device"]
+
+
+def settle_device(config: EngineConfig) -> EngineConfig:
+    """``config`` with the device that is there, and what depends on it. Raises Unavailable where it cannot be used."""
+    _set_spin_count()
+    from radix_backend.worker.selection import select_device
+
+    return config.on_device(select_device(config))
 
 
 def create_worker(config: EngineConfig, model_dir: Path, reporter: Reporter) -> Worker:
     """Load the model in ``model_dir``. Raises RadixError for what the user can mend."""
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)  # libgomp reads it when torch is imported
+    if not config.is_settled:
+        config = settle_device(config)
+    _set_spin_count()
     from radix_backend.worker.selection import select_worker
 
     return select_worker(config, model_dir, reporter)
+
+
+def create_profiler(config: EngineConfig) -> Profiler:
+    """What ``profile_dir`` is for."""
+    from radix_backend.worker.profiler import TorchProfiler
+
+    return TorchProfiler(Path(config.profile_dir).expanduser() if config.profile_dir else radix_home() / "profiles")
+
+
+def _set_spin_count() -> None:
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)  # libgomp reads it when torch is imported

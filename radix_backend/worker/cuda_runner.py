@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from radix_backend.attention.cuda import Chunks, PrefillBatch
 from radix_backend.attention.cuda_backends import cuda_attention, resolve_backends
@@ -97,13 +98,16 @@ class CudaRunner:
             size = self._graphs.padded(step.num_decode) if self._graphs else step.num_decode
             # What a row samples next comes after all that it attends to.
             self._attention.plan_decode(size, step.sample_positions[: step.num_decode])
-            (self._graphs.forward if self._graphs else self._forward)(size)
+            with record_function("forward"):
+                (self._graphs.forward if self._graphs else self._forward)(size)
             if special:
                 logits.append(self._logits[: step.num_decode].clone())
             else:
-                (self._graphs.sample if self._graphs else self._sample)(size)
+                with record_function("sample"):
+                    (self._graphs.sample if self._graphs else self._sample)(size)
         if step.prefill is not None:
-            hidden = self._prefill(step.prefill, whole=bool(step.scored))
+            with record_function("forward"):
+                hidden = self._prefill(step.prefill, whole=bool(step.scored))
             prompt_logprobs = [self._score(hidden, span) for span in step.scored]
             logits.append(self._model.logits(hidden, step.prefill.sampled if step.scored else None))
             if not special:

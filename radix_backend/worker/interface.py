@@ -6,12 +6,14 @@ live with the worker, indexed by the request's **slot**, and advance there.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from radix_backend.errors import Unsupported
 from radix_backend.protocol import TokenLogprobs
 from radix_backend.sampling_params import SamplingParams
 
@@ -78,3 +80,35 @@ class Worker(Protocol):
         """Wait for the oldest launched step that has not been settled."""
 
     def close(self) -> None: ...
+
+
+class Profiler(Protocol):
+    """Records what the engine does, on demand. On the engine's thread only."""
+
+    @property
+    def active(self) -> bool:
+        """Whether something is being recorded."""
+
+    def start(self) -> None:
+        """Raises InvalidArgument when it is active already."""
+
+    def stop(self) -> str:
+        """Write what was recorded; returns the file. Takes seconds. Raises InvalidArgument when it is not active."""
+
+    def phase(self, name: str) -> AbstractContextManager[object]:
+        """What happens inside has this name in the trace."""
+
+
+class NoProfiler:
+    """`Profiler` for engines that have no torch."""
+
+    active = False
+
+    def start(self) -> None:
+        raise Unsupported("this engine cannot be profiled")
+
+    def stop(self) -> str:
+        raise Unsupported("this engine cannot be profiled")
+
+    def phase(self, name: str) -> AbstractContextManager[object]:
+        return nullcontext()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.profiler import record_function
 
 from radix_backend.attention.kv_pool import KVPool
 from radix_backend.attention.torch_native import TorchNative, compile_decode
@@ -121,8 +122,11 @@ class Runner:
             self._reporter.progress()  # a step of a large model takes seconds
             return self._attention.attend(attention, layer, *self._model.rotated(heads, norms, step.positions))
 
-        hidden = self._model.forward(step.token_ids, attend)
-        tokens, logprobs = self._sample(step, self._model.logits(hidden, step.sampled))
+        with record_function("forward"):
+            hidden = self._model.forward(step.token_ids, attend)
+            logits = self._model.logits(hidden, step.sampled)
+        with record_function("sample"):
+            tokens, logprobs = self._sample(step, logits)
         return StepResult(plan.step, tokens, logprobs, [self._score(hidden, span) for span in step.scored])
 
     def _sample(self, step: StepInput, logits: torch.Tensor) -> tuple[Ints, list[TokenLogprobs | None]]:

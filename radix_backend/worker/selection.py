@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -15,6 +16,8 @@ from radix_backend.worker.interface import Worker
 
 log = logging.getLogger(__name__)
 
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+
 _ACCEPTED: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": {"dtype": ("auto", "bfloat16", "float32"), "attention_backend": ("auto", "torch_native")},
     "cuda": {},
@@ -22,8 +25,9 @@ _ACCEPTED: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 def select_worker(config: EngineConfig, model_dir: Path, reporter: Reporter) -> Worker:
-    """Raises InvalidArgument for settings that the device cannot have, Unavailable when it cannot be used."""
-    device = _device(config)
+    """``config`` is settled. Raises InvalidArgument for settings that its device cannot have, Unavailable without
+    kernels for it."""
+    device = config.device
     for name, accepted in _ACCEPTED[device].items():
         if getattr(config, name) not in accepted:
             values = ", ".join(accepted)
@@ -41,11 +45,21 @@ def select_worker(config: EngineConfig, model_dir: Path, reporter: Reporter) -> 
     return CudaRunner(config, model_dir, reporter)
 
 
-def _device(config: EngineConfig) -> str:
-    usable = torch.cuda.is_available()
-    if config.device == "cuda" and not usable:
-        build = "has no CUDA" if torch.version.cuda is None else f"finds no GPU that CUDA {torch.version.cuda} can use"
+def select_device(config: EngineConfig) -> Literal["cpu", "cuda"]:
+    """Raises Unavailable when the wanted device cannot be used. A GPU that cannot is never passed over in silence."""
+    if config.device == "cpu":
+        log.info("device: CPU, as set")
+        return "cpu"
+    if torch.cuda.is_available():
+        log.info("device: %s", torch.cuda.get_device_name())
+        return "cuda"
+    build = "has no CUDA" if torch.version.cuda is None else f"finds no GPU that CUDA {torch.version.cuda} can use"
+    if config.device == "cuda":
         raise Unavailable(f"setting 'device' is 'cuda', but torch {torch.__version__} {build}")
-    device = "cpu" if config.device == "cpu" or not usable else "cuda"
-    log.info("device: %s", torch.cuda.get_device_name() if device == "cuda" else "CPU")
-    return device
+    if NVIDIA_DRIVER.exists():
+        log.warning(
+            "device: CPU, although there is a GPU: torch %s %s (see `radix-backend doctor`)", torch.__version__, build
+        )
+    else:
+        log.info("device: CPU")
+    return "cpu"

@@ -17,6 +17,8 @@ VALUES: dict[str, Any] = {
     "enforce_eager": True,
     "max_bs": 3,
     "max_batched_tokens": 99,
+    "profile": True,
+    "profile_dir": "/tmp/profiles",
     "context_len": 777,
     "page_size": 1,
     "gpu_memory_utilization": 0.25,

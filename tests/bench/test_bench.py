@@ -1,0 +1,74 @@
+"""The command, against real engines and a real server, with a tiny model of random weights."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TINY = ("--shape", "tiny", "--kv-cache-memory", "64MiB", "--max-bs", "16")
+
+
+def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "radix_backend.cli", "bench", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+
+
+def measured(tmp_path: Path, *arguments: str) -> list[dict[str, Any]]:
+    file = tmp_path / "figures.json"
+    done = bench(*TINY, "--json", str(file), *arguments)
+    assert done.returncode == 0, done.stderr[-4000:]
+    figures: list[dict[str, Any]] = json.loads(file.read_text())["figures"]
+    assert all(each["target"] in done.stdout for each in figures)
+    return figures
+
+
+def test_the_engine_alone_generates_every_token_and_conversations_hit_the_cache(tmp_path: Path) -> None:
+    single, talk = measured(tmp_path, "--workloads", "single,multi-turn:1")
+    assert (single["num_prompt_tokens"], single["num_output_tokens"], single["num_failed"]) == (128, 512, 0)
+    assert single["cache_hit_rate"] == 0
+    assert talk["num_output_tokens"] == 64 * 6 * 80
+    # Of turn k, 200 (k - 1) tokens were said before: all but the last page of them is there.
+    assert 0.7 < talk["cache_hit_rate"] < 1
+
+
+@pytest.mark.server
+def test_through_triton_the_same_tokens_come_from_several_client_processes(tmp_path: Path) -> None:
+    offline, triton = measured(tmp_path, "--targets", "offline,serve", "--workloads", "multi-turn", "--clients", "2")
+    assert (offline["target"], triton["target"]) == ("offline", "triton")
+    for name in ("num_requests", "num_prompt_tokens", "num_output_tokens", "num_failed"):
+        assert offline[name] == triton[name]
+    assert triton["cache_hit_rate"] == pytest.approx(offline["cache_hit_rate"], abs=0.05)
+    assert set(triton["cpu_seconds"]) >= {"clients", "tritonserver", "stub", "gateway", "engine"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--workloads", "nope"], "workload 'nope'; accepted: seed"),
+        (["--targets", "nope"], "target 'nope'; accepted: offline"),
+        (["--clients", "0"], "--clients is 0; accepted: 1 or more"),
+        (["--max-bs", "0"], "setting 'max_bs' is '0'; accepted: int >= 1"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_measured(arguments: list[str], complaint: str) -> None:
+    done = bench(*arguments)
+    assert done.returncode == 2
+    assert complaint in done.stderr
+
+
+def test_a_server_that_is_not_there_fails_the_command_with_the_reason() -> None:
+    done = bench("--targets", "openai=http://127.0.0.1:9", "--served-model", "m", "--workloads", "single")
+    assert done.returncode == 1
+    assert "Cannot connect" in done.stdout
+
+
+def test_help_shows_targets_and_workloads() -> None:
+    done = bench("--help")
+    assert done.returncode == 0
+    assert "rate@REQUESTS_A_SECOND" in done.stdout
+    assert "openai=URL" in done.stdout
