@@ -84,8 +84,7 @@ class EngineCore:
         while not self._stopping:
             self.turn()
         self._worker.close()
-        if self._profiler.active:
-            log.info("profile: %s", self._profiler.stop())
+        self._end_profile()
 
     def turn(self) -> None:
         """One turn of the loop; waits for a message when there is nothing else to do."""
@@ -112,7 +111,8 @@ class EngineCore:
         elif not self.scheduler.requests:
             self._reporter.progress()
         if self._profiler.active and self.stats.num_steps >= self._profile_until:
-            log.warning("the profile ends after %d steps: %s", PROFILE_STEPS, self._profiler.stop())
+            log.warning("the profile ends by itself after %d steps", PROFILE_STEPS)
+            self._end_profile()
         if time.monotonic() > self._next_audit:
             self._next_audit = time.monotonic() + AUDIT_SECONDS
             for finding in self.cache.audit(repair=True):
@@ -159,6 +159,14 @@ class EngineCore:
                 self._send(EngineReply(command.call, "", error.code, str(error)))
             else:
                 self._send(EngineReply(command.call, path))
+
+    def _end_profile(self) -> None:
+        """If one is being recorded, of which nobody hears."""
+        if self._profiler.active:
+            try:
+                log.info("profile: %s", self._profiler.stop())
+            except RadixError as error:
+                log.warning("%s", error)
 
     def _start_profile(self) -> str:
         self._profiler.start()

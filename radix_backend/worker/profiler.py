@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from radix_backend.errors import InvalidArgument
+from radix_backend.errors import InvalidArgument, Unavailable
 
 
 class TorchProfiler:
@@ -29,17 +29,24 @@ class TorchProfiler:
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
         # On a CPU another thread than the engine's computes the steps.
         config = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
-        self._profile = profile(activities=activities, experimental_config=config)
-        self._profile.start()
+        recorded = profile(activities=activities, experimental_config=config)
+        try:
+            recorded.start()
+        except RuntimeError as error:  # another profiler is attached to the device, for one
+            raise Unavailable(f"the profile could not be started: {error}") from None
+        self._profile = recorded
 
     def stop(self) -> str:
         recorded, self._profile = self._profile, None
         if recorded is None:
             raise InvalidArgument("no profile is being recorded; accepted: start")
         recorded.stop()
-        self._directory.mkdir(parents=True, exist_ok=True)
         path = self._directory / f"radix-{time.strftime('%Y%m%d-%H%M%S')}-{time.monotonic_ns() % 10**6:06}.json.gz"
-        recorded.export_chrome_trace(str(path))
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            recorded.export_chrome_trace(str(path))
+        except (OSError, RuntimeError) as error:
+            raise Unavailable(f"the profile could not be written to {path}: {error}") from None
         return str(path)
 
     def phase(self, name: str) -> AbstractContextManager[object]:
