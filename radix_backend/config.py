@@ -154,9 +154,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     def identity(self) -> str:
         """16 hex digits that two configurations share exactly when one sidecar can serve both."""
-        engine_side = msgspec.to_builtins(self)
-        for client_side in ("engine_python", "engine_endpoint", "linger", "log_level"):
-            engine_side.pop(client_side, None)
+        client_side = ("engine_python", "engine_endpoint", "linger", "log_level")
+        engine_side = {name: getattr(self, name) for name in self.__struct_fields__ if name not in client_side}
         return hashlib.blake2b(json.dumps(engine_side, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+import msgspec
 import pytest
 
 from radix_backend.cli.settings import add_settings, given_settings, spell_settings
@@ -61,3 +62,9 @@ def test_switch_may_stand_alone(argument: str, value: bool) -> None:
 def test_spelled_settings_parse_to_the_same() -> None:
     config = EngineConfig(**VALUES)
     assert EngineConfig.parse(spell_settings(config, list(VALUES))) == config
+
+
+def test_defaults_that_are_written_out_make_no_other_engine() -> None:
+    written = msgspec.json.decode(b'{"model": "embedded", "dtype": "auto", "page_size": 16, "namespace": ""}')
+    assert EngineConfig.parse(written).identity() == EngineConfig().identity()
+    assert EngineConfig.parse(written | {"page_size": 8}).identity() != EngineConfig().identity()

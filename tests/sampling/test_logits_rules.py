@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from radix_backend.sampling.logits_rules import LogitsRules
+from radix_backend.sampling.logits_rules import LogitsRules, logits_rules
 from radix_backend.sampling_params import SamplingParams
 from tests.sampling.plain_rules import apply_plainly
 
@@ -58,14 +58,14 @@ def test_a_bad_word_is_excluded_only_behind_its_beginning():
         assert torch.isneginf(logits).nonzero().tolist() == ([[4]] if excluded else [])
 
 
-def test_a_request_without_rules_is_recognized():
-    for params, stops, bad_words, expected in (
-        (SamplingParams(), (1,), (), (False, False)),
-        (SamplingParams(min_tokens=1), (1,), (), (False, True)),
-        (SamplingParams(min_tokens=1), (), (), (False, False)),
-        (SamplingParams(), (), [(1,)], (False, True)),
-        (SamplingParams(logit_bias={1: 1.0}), (), (), (True, False)),
-        (SamplingParams(repetition_penalty=1.1), (), (), (True, False)),
+def test_a_request_without_rules_has_none():
+    for params, stops, bad_words, shifts in (
+        (SamplingParams(), (1,), (), None),
+        (SamplingParams(min_tokens=1), (1,), (), False),
+        (SamplingParams(min_tokens=1), (), (), None),
+        (SamplingParams(), (), [(1,)], False),
+        (SamplingParams(logit_bias={1: 1.0}), (), (), True),
+        (SamplingParams(repetition_penalty=1.1), (), (), True),
     ):
-        rules = LogitsRules(params, stops, bad_words)
-        assert (rules.shifts, rules.excludes) == expected
+        rules = logits_rules(params, stops, bad_words)
+        assert (None if rules is None else rules.shifts) == shifts
