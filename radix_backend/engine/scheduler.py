@@ -56,6 +56,7 @@ class Counters:
     cached_tokens: int = 0
     generation_tokens: int = 0
     retractions: int = 0
+    resumed: int = 0
 
 
 @dataclass
@@ -286,6 +287,7 @@ class Scheduler:
             request.cached_tokens = min(request.num_computed, len(request.prompt))
             self.counters.prompt_tokens += len(request.prompt)
             self.counters.cached_tokens += request.cached_tokens
+            self.counters.resumed += request.resumed
         self.running.append(request)
         self.num_waiting -= 1
         rows.new.append(

@@ -59,6 +59,7 @@ class Stats:
             "cached_tokens_total": scheduler.counters.cached_tokens,
             "generation_tokens_total": scheduler.counters.generation_tokens,
             "retractions_total": scheduler.counters.retractions,
+            "resumed_total": scheduler.counters.resumed,
             "evicted_tokens_total": cache.num_evicted_tokens,
             "steps_total": self.num_steps,
             "host_seconds_total": self._host_seconds,

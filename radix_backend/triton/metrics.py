@@ -142,6 +142,12 @@ ENGINE = (
         "Times a running request was retracted because pages ran out.",
         read=_figure("retractions_total"),
     ),
+    Family(
+        "radix:streams_resumed_total",
+        COUNTER,
+        "Streams that went on with tokens generated before an interruption.",
+        read=_figure("resumed_total"),
+    ),
     ITERATION_TOKENS,
 )
 

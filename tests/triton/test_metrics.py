@@ -20,8 +20,11 @@ import pytest
 import tritonclient.utils
 
 from radix_backend.client import EngineClient
+from radix_backend.protocol import LENGTH
+from radix_backend.sampling_params import SamplingParams
 from radix_backend.triton.metrics import ENGINE, REQUEST
 from radix_backend.triton.publisher import PUSH_SECONDS
+from tests.sidecar.sinks import Recorder
 from tests.triton.requests import GREEDY, Stream, joined, stream, text_of
 from tests.triton.scrape import Metrics, page
 from tests.triton.server import TritonServer, eventually, free_ports
@@ -97,6 +100,17 @@ def test_values_are_what_the_client_counted(server: TritonServer) -> None:
     # Every token computed in a step is a prompt token that was not cached, or the input of a later token.
     computed = inputs - since("prefix_cache_hits_total") + generated - 4
     assert computed <= since("iteration_tokens_total_sum") <= computed + 2 * 4  # two steps past an unforeseen stop
+
+
+def test_streams_that_go_on_are_counted(server: TritonServer, engine: EngineClient) -> None:
+    before = settled(server)
+    params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+    whole = [int(token) for delta in engine.generate("Once upon", params) for token in delta.token_ids]
+    rest = Recorder()
+    engine.submit(params, text="Once upon", sink=rest, output_ids=whole[:4])
+    assert rest.end() == LENGTH
+    assert rest.tokens == whole[4:]
+    eventually(lambda: Metrics(server).since(before, "streams_resumed_total") == 1)
 
 
 def test_gauges_follow_the_engine_and_are_zero_when_it_is_idle(server: TritonServer, engine: EngineClient) -> None:
