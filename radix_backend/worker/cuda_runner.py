@@ -30,17 +30,16 @@ from radix_backend.protocol import TokenLogprobs
 from radix_backend.sampling.cuda import CudaSampler
 from radix_backend.sampling.logprobs import token_logprobs
 from radix_backend.sampling_params import SamplingParams
-from radix_backend.worker.batch_state import ScoredSpan
 from radix_backend.worker.device_state import DeviceState, DeviceStep, Prefill
 from radix_backend.worker.graphs import DecodeGraphs, ladder
 from radix_backend.worker.interface import NewRequest, StepPlan, StepResult
 from radix_backend.worker.memory import Budget, plan_pages_on_device
+from radix_backend.worker.prompt_scores import score_prompt
 
 log = logging.getLogger(__name__)
 
 _RESULTS = 4  # buffers for tokens on their way to the CPU: steps in flight at most
 _GRAPH_BYTES = 8 << 20  # what a captured size takes beside its tensors
-_SCORED_ROWS = 64  # prompt tokens whose logits are computed at once
 _DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -108,7 +107,7 @@ class CudaRunner:
         if step.prefill is not None:
             with record_function("forward"):
                 hidden = self._prefill(step.prefill, whole=bool(step.scored))
-            prompt_logprobs = [self._score(hidden, span) for span in step.scored]
+            prompt_logprobs = [score_prompt(self._model, hidden, span, self._reporter.progress) for span in step.scored]
             logits.append(self._model.logits(hidden, step.prefill.sampled if step.scored else None))
             if not special:
                 self._sample_into(logits[0], step.prefill.sample_slots, step.num_decode)
@@ -178,16 +177,6 @@ class CudaRunner:
         if values is None:
             return None
         return reported, values, self._sampled[reported].long(), [counts[row] for row in reported]
-
-    def _score(self, hidden: Hidden, span: ScoredSpan) -> list[TokenLogprobs]:
-        """In slices, so that the logits of a long prompt are never in memory at once."""
-        scores: list[TokenLogprobs] = []
-        for start in range(0, len(span.tokens), _SCORED_ROWS):
-            self._reporter.progress()
-            rows = torch.tensor(span.tokens[start : start + _SCORED_ROWS], device=self._device)
-            logprobs = torch.log_softmax(self._model.logits(hidden, rows).float(), dim=-1)
-            scores += token_logprobs(logprobs, span.successors[start : start + _SCORED_ROWS], [span.count] * len(rows))
-        return scores
 
     def _copy_out(
         self,

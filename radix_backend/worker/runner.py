@@ -21,24 +21,23 @@ from radix_backend.layers.ops import cpu_ops
 from radix_backend.loading import ModelConfig, effective_context_len, read_model_config
 from radix_backend.loading.checkpoint import Checkpoint
 from radix_backend.loading.dummy import DummyWeights
-from radix_backend.models.decoder import Decoder, Hidden, Norms
+from radix_backend.models.decoder import Decoder, Norms
 from radix_backend.process import Reporter
 from radix_backend.protocol import TokenLogprobs
 from radix_backend.sampling import cpu_sampler
 from radix_backend.sampling.logprobs import token_logprobs
 from radix_backend.sampling_params import SamplingParams
-from radix_backend.worker.batch_state import BatchState, ScoredSpan, StepInput
+from radix_backend.worker.batch_state import BatchState, StepInput
 from radix_backend.worker.host import available_cpus
 from radix_backend.worker.interface import Ints, NewRequest, StepPlan, StepResult
 from radix_backend.worker.memory import plan_pages
+from radix_backend.worker.prompt_scores import score_prompt
 
 log = logging.getLogger(__name__)
 
 # The engine's Python shares the interpreter with the worker thread, which asks for the GIL again after each of some
 # hundred operations a step. The default of 5 ms would let one millisecond of scheduling stall every one of them.
 _SWITCH_INTERVAL = 50e-6  # seconds
-
-_SCORED_ROWS = 64  # prompt tokens whose logits are computed at once: 39 MB in f32 for the largest vocabularies
 
 
 class Runner:
@@ -127,7 +126,8 @@ class Runner:
             logits = self._model.logits(hidden, step.sampled)
         with record_function("sample"):
             tokens, logprobs = self._sample(step, logits)
-        return StepResult(plan.step, tokens, logprobs, [self._score(hidden, span) for span in step.scored])
+        prompt_logprobs = [score_prompt(self._model, hidden, span, self._reporter.progress) for span in step.scored]
+        return StepResult(plan.step, tokens, logprobs, prompt_logprobs)
 
     def _sample(self, step: StepInput, logits: torch.Tensor) -> tuple[Ints, list[TokenLogprobs | None]]:
         if not len(step.sampled):
@@ -144,16 +144,6 @@ class Runner:
         theirs = token_logprobs(logprobs, tokens[reported], [counts[row] for row in reported])
         by_row = dict(zip(reported, theirs, strict=True))
         return sampled, [by_row.get(row) for row in range(len(counts))]
-
-    def _score(self, hidden: Hidden, span: ScoredSpan) -> list[TokenLogprobs]:
-        """In slices, so that the logits of a long prompt are never in memory at once."""
-        scores: list[TokenLogprobs] = []
-        for start in range(0, len(span.tokens), _SCORED_ROWS):
-            self._reporter.progress()
-            rows = torch.tensor(span.tokens[start : start + _SCORED_ROWS])
-            logprobs = torch.log_softmax(self._model.logits(hidden, rows).float(), dim=-1)
-            scores += token_logprobs(logprobs, span.successors[start : start + _SCORED_ROWS], [span.count] * len(rows))
-        return scores
 
     def _warm_up(self, page_size: int) -> None:
         """Allocate what the first steps would otherwise wait for. The page written to is still free."""

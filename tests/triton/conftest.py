@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from radix_backend.client import EngineClient
-from tests.triton.server import TritonServer
+from tests.triton.server import TritonServer, serving
 
 # f32: the same tokens whatever else is in the batch.
 EXACT = {"model": "embedded", "dtype": "float32", "max_bs": 32, "kv_cache_memory": "512MiB"}
@@ -16,12 +16,8 @@ EXACT = {"model": "embedded", "dtype": "float32", "max_bs": 32, "kv_cache_memory
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory, embedded_model_dir: Path) -> Iterator[TritonServer]:
     """Serves the embedded model in f32 to every test that breaks nothing."""
-    server = TritonServer(tmp_path_factory.mktemp("server"), EXACT)
-    try:
-        server.wait_serving()
+    with serving(tmp_path_factory.mktemp("server"), EXACT) as server:
         yield server
-    finally:
-        server.stop()
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -157,3 +158,14 @@ def shared_memory_of(process: psutil.Process) -> set[Path]:
 
 def gone(processes: list[psutil.Process]) -> bool:
     return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
+
+
+@contextmanager
+def serving(directory: Path, settings: dict[str, Any], *arguments: str) -> Iterator[TritonServer]:
+    """A server that serves, stopped at the end."""
+    server = TritonServer(directory, settings, *arguments)
+    try:
+        server.wait_serving()
+        yield server
+    finally:
+        server.stop()

@@ -19,7 +19,7 @@ from radix_backend.bench.light_client import Load, request_bytes
 from radix_backend.client import EngineClient
 from tests.triton.requests import GREEDY, Response, Stream, aio_stream, joined, stream, text_of
 from tests.triton.scrape import Metrics
-from tests.triton.server import TritonServer, eventually
+from tests.triton.server import TritonServer, eventually, serving
 from tests.triton.tiny_server import LONG, Start, settings, start_tiny, tiny_model  # noqa: F401
 
 pytestmark = pytest.mark.server
@@ -30,12 +30,8 @@ LETTER = {"logit_bias": {"40": 100}}  # every token a letter: none is held back 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[TritonServer]:  # noqa: F811
-    server = TritonServer(tmp_path_factory.mktemp("load"), settings(tiny_model))
-    try:
-        server.wait_serving()
+    with serving(tmp_path_factory.mktemp("load"), settings(tiny_model)) as server:
         yield server
-    finally:
-        server.stop()
 
 
 @pytest.fixture(scope="module")

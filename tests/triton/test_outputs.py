@@ -14,7 +14,7 @@ import pytest
 from radix_backend.client import EngineClient
 from radix_backend.triton.tensors import SWITCHES
 from tests.triton.requests import Response, joined, stream
-from tests.triton.server import TritonServer
+from tests.triton.server import TritonServer, serving
 from tests.triton.tiny_server import settings, tiny_model  # noqa: F401
 
 pytestmark = pytest.mark.server
@@ -26,12 +26,8 @@ SAMPLING = {"temperature": 1.2, "seed": 5, "max_tokens": 12, "ignore_eos": True,
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[TritonServer]:  # noqa: F811
-    server = TritonServer(tmp_path_factory.mktemp("server"), settings(tiny_model))
-    try:
-        server.wait_serving()
+    with serving(tmp_path_factory.mktemp("server"), settings(tiny_model)) as server:
         yield server
-    finally:
-        server.stop()
 
 
 @pytest.fixture(scope="module")

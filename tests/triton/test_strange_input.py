@@ -14,7 +14,7 @@ from tritonclient.utils import InferenceServerException
 
 from radix_backend.client import EngineClient
 from tests.triton.requests import GREEDY, Response, Stream, joined, stream, text_of
-from tests.triton.server import TritonServer, eventually
+from tests.triton.server import TritonServer, eventually, serving
 from tests.triton.tiny_server import settings, tiny_model  # noqa: F401
 
 pytestmark = pytest.mark.server
@@ -25,13 +25,8 @@ USUAL = {"text_input": "a usual question", "max_tokens": 8, "temperature": 0}
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[TritonServer]:  # noqa: F811
-    config = settings(tiny_model, context_len=CONTEXT)
-    server = TritonServer(tmp_path_factory.mktemp("strange"), config)
-    try:
-        server.wait_serving()
+    with serving(tmp_path_factory.mktemp("strange"), settings(tiny_model, context_len=CONTEXT)) as server:
         yield server
-    finally:
-        server.stop()
 
 
 @pytest.fixture(scope="module")
