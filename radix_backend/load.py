@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import heapq
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+
 import msgspec
 
 
@@ -41,3 +46,66 @@ class Outcome(msgspec.Struct):
     traces: list[Trace]
     cpu_seconds: dict[str, float] = {}  # by process
     facts: dict[str, float] = {}  # what else the measured engine tells: steps, CPU time of its own Python
+
+
+class _Conversation:
+    """A session under way: what was said, the turns to come, and the one that runs."""
+
+    def __init__(self, session: Session) -> None:
+        self.turns = deque(session.turns)
+        self.said: list[int] = []
+        self.trace = Trace(session.arrival, [], 0, 0)
+
+
+class Player:
+    """Plays a load to an engine in this process: tells its owner, who steps the engine, what is due, and notes what
+    comes."""
+
+    def __init__(self, load: Load) -> None:
+        self.traces: list[Trace] = []
+        self.waited = 0.0  # seconds, for arrivals
+        self._conversations = [_Conversation(session) for session in load.sessions]
+        self._arrivals = [(session.arrival, index) for index, session in enumerate(load.sessions)]
+        heapq.heapify(self._arrivals)
+        self._running: dict[int, int] = {}  # number of a turn → index of its conversation
+        self._started = time.perf_counter()
+
+    @property
+    def playing(self) -> bool:
+        """Whether anything runs or is still to come."""
+        return bool(self._arrivals or self._running)
+
+    def now(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self._started
+
+    def due(self) -> Iterator[tuple[int, list[int], int]]:
+        """Number, prompt and outputs of each turn to start now. Waits for the next one when nothing runs."""
+        if not self._running and self._arrivals and (wait := self._arrivals[0][0] - self.now()) > 0:
+            time.sleep(wait)
+            self.waited += wait
+        while self._arrivals and self._arrivals[0][0] <= self.now():
+            arrival, index = heapq.heappop(self._arrivals)
+            conversation = self._conversations[index]
+            turn = conversation.turns.popleft()
+            conversation.said += turn.tokens
+            conversation.trace = Trace(arrival, [], 0, len(conversation.said))
+            number = len(self.traces)
+            self.traces.append(conversation.trace)
+            self._running[number] = index
+            yield number, conversation.said, turn.num_outputs
+
+    def take(self, number: int, tokens: Sequence[int], now: float) -> None:
+        """Turn ``number`` got ``tokens``."""
+        conversation = self._conversations[self._running[number]]
+        conversation.said += tokens
+        conversation.trace.times.append(now)
+        conversation.trace.num_tokens += len(tokens)
+
+    def end(self, number: int, num_cached: int | None, now: float) -> None:
+        """Turn ``number`` is complete; ``num_cached`` tokens of its prompt were cached. The next turn is due."""
+        index = self._running.pop(number)
+        conversation = self._conversations[index]
+        conversation.trace.num_cached_tokens = num_cached
+        if conversation.turns:
+            heapq.heappush(self._arrivals, (now, index))

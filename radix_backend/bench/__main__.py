@@ -28,6 +28,7 @@ targets:
   serve             a real tritonserver started for the purpose, over gRPC streams
   triton=HOST:PORT  a server that runs already: its gRPC port
   openai=URL        any server with OpenAI's API: streamed completions
+  vllm=PYTHON       vLLM without its server, for comparisons: an interpreter that has it, and --shape or --model
 
 workloads: {workloads.ACCEPTED}
 

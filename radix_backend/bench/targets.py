@@ -22,7 +22,7 @@ from radix_backend.load import Load, Outcome
 from radix_backend.validation import show
 
 _LEAD_SECONDS = 0.2  # between "go" and the start of a load: every generator must have heard
-ACCEPTED = "offline, serve, triton=HOST:PORT (of gRPC), openai=URL"
+ACCEPTED = "offline, serve, triton=HOST:PORT (of gRPC), openai=URL, vllm=PYTHON"
 
 
 class Target(Protocol):
@@ -38,7 +38,7 @@ class Target(Protocol):
 
 
 def make_target(text: str, settings: Mapping[str, str], model: str, num_clients: int) -> Target:
-    """Of "offline", "serve", "triton=HOST:PORT" or "openai=URL". Raises InvalidArgument."""
+    """Of `ACCEPTED`. Raises InvalidArgument."""
     kind, _, url = text.partition("=")
     if text == "offline":
         return Offline(settings)
@@ -48,11 +48,32 @@ def make_target(text: str, settings: Mapping[str, str], model: str, num_clients:
         return RunningServer(kind, url, model or MODEL, num_clients)
     if kind == "openai" and url:
         return RunningServer(kind, url, model, num_clients)
+    if kind == "vllm" and url:
+        return Vllm(url, settings)
     raise InvalidArgument(f"target {show(text)}; accepted: {ACCEPTED}")
 
 
-class Offline:
-    """The engine without doors, in a process of its own."""
+class _InProcess:
+    """An engine without doors, in a process of its own."""
+
+    name = ""
+
+    def __init__(self, command: list[str]) -> None:
+        self._engine = _Talker(command)
+
+    def run(self, load: Load) -> Outcome:
+        self._engine.say(msgspec.json.encode(load))
+        return msgspec.json.decode(self._engine.hear(), type=Outcome)
+
+    def __enter__(self) -> Target:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._engine.end()
+
+
+class Offline(_InProcess):
+    """Ours."""
 
     name = "offline"
 
@@ -66,18 +87,18 @@ class Offline:
         if loaded.returncode:
             raise Unavailable(f"the model {config.model!r} cannot be loaded; the reason is above")
         model_dir = loaded.stdout.splitlines()[-1]
-        command = [python, "-m", "radix_backend.engine.offline", msgspec.json.encode(dict(settings)).decode()]
-        self._engine = _Talker([*command, model_dir])
+        super().__init__([python, "-m", "radix_backend.engine.offline", _json(settings), model_dir])
 
-    def run(self, load: Load) -> Outcome:
-        self._engine.say(msgspec.json.encode(load))
-        return msgspec.json.decode(self._engine.hear(), type=Outcome)
 
-    def __enter__(self) -> Offline:
-        return self
+class Vllm(_InProcess):
+    """vLLM, by an interpreter that has it. Of the settings it gets model, dtype, context_len and load_format."""
 
-    def __exit__(self, *_: object) -> None:
-        self._engine.end()
+    name = "vllm"
+
+    def __init__(self, python: str, settings: Mapping[str, str]) -> None:
+        if "model" not in settings:
+            raise InvalidArgument("target 'vllm' needs --shape or --model")
+        super().__init__([python, "-m", "radix_backend.bench.vllm_engine", _json(settings), settings["model"]])
 
 
 class RunningServer:
@@ -174,6 +195,10 @@ class _Talker:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
+
+
+def _json(settings: Mapping[str, str]) -> str:
+    return msgspec.json.encode(dict(settings)).decode()
 
 
 def _restore(runtime_dir: str | None) -> None:
