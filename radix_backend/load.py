@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 
 class Turn(msgspec.Struct):
@@ -52,8 +54,10 @@ class _Conversation:
     """A session under way: what was said, the turns to come, and the one that runs."""
 
     def __init__(self, session: Session) -> None:
-        self.turns = deque(session.turns)
-        self.said: list[int] = []
+        # Made before the clock starts: a list of integers becomes an array slowly.
+        self.turns = deque((np.array(turn.tokens, np.int32), turn.num_outputs) for turn in session.turns)
+        self.said = np.empty(0, np.int32)
+        self.answer: list[int] = []
         self.trace = Trace(session.arrival, [], 0, 0)
 
 
@@ -79,7 +83,7 @@ class Player:
         """Seconds since the start."""
         return time.perf_counter() - self._started
 
-    def due(self) -> Iterator[tuple[int, list[int], int]]:
+    def due(self) -> Iterator[tuple[int, npt.NDArray[np.int32], int]]:
         """Number, prompt and outputs of each turn to start now. Waits for the next one when nothing runs."""
         if not self._running and self._arrivals and (wait := self._arrivals[0][0] - self.now()) > 0:
             time.sleep(wait)
@@ -87,18 +91,19 @@ class Player:
         while self._arrivals and self._arrivals[0][0] <= self.now():
             arrival, index = heapq.heappop(self._arrivals)
             conversation = self._conversations[index]
-            turn = conversation.turns.popleft()
-            conversation.said += turn.tokens
+            tokens, num_outputs = conversation.turns.popleft()
+            conversation.said = np.concatenate([conversation.said, np.array(conversation.answer, np.int32), tokens])
+            conversation.answer = []
             conversation.trace = Trace(arrival, [], 0, len(conversation.said))
             number = len(self.traces)
             self.traces.append(conversation.trace)
             self._running[number] = index
-            yield number, conversation.said, turn.num_outputs
+            yield number, conversation.said, num_outputs
 
     def take(self, number: int, tokens: Sequence[int], now: float) -> None:
         """Turn ``number`` got ``tokens``."""
         conversation = self._conversations[self._running[number]]
-        conversation.said += tokens
+        conversation.answer += tokens
         conversation.trace.times.append(now)
         conversation.trace.num_tokens += len(tokens)
 

@@ -18,6 +18,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": {
         **_QWEN,
         "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
         "hidden_size": 1024,
         "num_hidden_layers": 28,
         "num_attention_heads": 16,
@@ -28,6 +29,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen2.5-0.5b": {
         **_QWEN,
         "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
         "hidden_size": 896,
         "num_hidden_layers": 24,
         "num_attention_heads": 14,
@@ -37,6 +39,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {  # to try the bench itself
         **_QWEN,
         "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
         "hidden_size": 64,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,

@@ -27,7 +27,7 @@ def play(llm: LLM, load: Load) -> Outcome:
                 detokenize=False,
                 output_kind=RequestOutputKind.DELTA,
             )
-            engine.add_request(str(number), {"prompt_token_ids": list(prompt)}, params)
+            engine.add_request(str(number), {"prompt_token_ids": prompt.tolist()}, params)
         outputs = engine.step()
         now = player.now()
         for output in outputs:

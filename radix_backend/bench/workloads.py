@@ -58,8 +58,8 @@ def multi_turn(number: int, sessions: int = 64, turns: int = 6, own: int = 120, 
 
 
 def rate(number: int, per_second: float) -> Load:
-    """seed's requests, arriving independently of each other (Poisson) at so many a second."""
-    load, generator, arrival = seed(number), random.Random(4000 + number), 0.0
+    """Requests of seed's lengths, arriving independently of each other (Poisson) at so many a second."""
+    load, generator, arrival = seed(5000 + number), random.Random(4000 + number), 0.0
     for session in load.sessions:
         arrival += generator.expovariate(per_second)
         session.arrival = arrival

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import msgspec
-import numpy as np
 
 from radix_backend.config import EngineConfig
 from radix_backend.engine.kv_cache import KVCache
@@ -21,7 +20,7 @@ from radix_backend.process import Reporter, setup_logging
 from radix_backend.protocol import RUNNING
 from radix_backend.sampling_params import SamplingParams
 from radix_backend.worker import create_worker, settle_device
-from radix_backend.worker.interface import Worker
+from radix_backend.worker.interface import Ints, Worker
 
 
 class OfflineEngine:
@@ -59,11 +58,11 @@ class OfflineEngine:
         host_seconds = player.now() - player.waited - waited
         return Outcome(player.traces, facts={"steps": num_steps, "host_seconds": round(host_seconds, 4)})
 
-    def _add(self, number: int, prompt: list[int], num_outputs: int, temperature: float) -> None:
+    def _add(self, number: int, prompt: Ints, num_outputs: int, temperature: float) -> None:
         self.scheduler.add(
             Request(
                 id=number,
-                prompt=np.array(prompt, np.int32),
+                prompt=prompt,
                 params=SamplingParams(max_tokens=num_outputs, temperature=temperature, seed=number),
                 stop_token_ids=frozenset(),
                 max_tokens=num_outputs,

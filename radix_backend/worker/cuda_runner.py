@@ -20,6 +20,7 @@ from radix_backend.attention.cuda_decode import tile_rows
 from radix_backend.attention.cuda_extend import tile_tokens
 from radix_backend.attention.kv_pool import KVPool
 from radix_backend.config import EngineConfig
+from radix_backend.layers.cuda_few_rows import MAX_ROWS
 from radix_backend.layers.cuda_ops import CudaOps
 from radix_backend.loading import ModelConfig, effective_context_len, read_model_config
 from radix_backend.loading.checkpoint import Checkpoint
@@ -244,7 +245,7 @@ class CudaRunner:
         self._attach(KVPool(model, 1, config.page_size, self._dtype, str(self._device)), model)
         used = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        self._largest_prefill()
+        self._pad_prefill(self._max_batched_tokens)
         self._forward(self._max_bs)
         self._sample(self._max_bs)
         torch.cuda.synchronize()
@@ -255,9 +256,8 @@ class CudaRunner:
         self._log_phase("memory measured")
         return plan_pages_on_device(config, model, self._dtype, context_len, Budget(free, taken, activations + graphs))
 
-    def _largest_prefill(self) -> None:
-        """A step of as many tokens as there may be, all of them padding: nothing is written or attended to."""
-        tokens = self._max_batched_tokens
+    def _pad_prefill(self, tokens: int) -> None:
+        """A step of so many tokens, all of them padding: nothing is written or attended to."""
         padding = torch.full((tokens,), -1, dtype=torch.int32, device=self._device)
         zeros = torch.zeros_like(padding)
         none = torch.zeros(0, 5, dtype=torch.int32, device=self._device)
@@ -272,8 +272,11 @@ class CudaRunner:
         self._graphs = DecodeGraphs(ladder(self._max_bs), self._forward, self._sample, _phase(self._reporter))
         self._log_phase("graphs captured")
 
+    @torch.inference_mode()
     def _warm_up(self, page_size: int) -> None:
         """Compile what the first requests would otherwise wait for. The page written to is still free."""
+        for tokens in range(1, MAX_ROWS + 1):
+            self._pad_prefill(tokens)  # each of these sizes has kernels of its own
         params = SamplingParams(top_k=2, top_p=0.5, min_p=0.1, seed=0)
         slot, one, every = np.zeros(1, np.int32), np.ones(1, np.int32), np.ones(1, np.bool_)
         index = np.arange(-(-3 // page_size), dtype=np.int32)
