@@ -15,7 +15,7 @@ import logging
 from collections import deque
 from dataclasses import dataclass, field
 
-from radix_backend.engine.page_pool import QUARANTINED, PagePool
+from radix_backend.engine.page_pool import PagePool
 from radix_backend.engine.radix_tree import Node, RadixTree, Tokens
 
 log = logging.getLogger(__name__)
@@ -152,7 +152,7 @@ class KVCache:
 
     @property
     def num_quarantined(self) -> int:
-        return self.pool.count(QUARANTINED)
+        return self.pool.num_quarantined
 
     def _retire(self, pages: list[int], step: int) -> None:
         self.pool.retire(pages, step)

@@ -23,6 +23,7 @@ class PagePool:
 
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
+        self.num_quarantined = 0
         self._state = bytearray(num_pages)
         self._free = list(range(num_pages - 1, -1, -1))  # a stack: low pages first, hot pages again
         # (step, pages) in the order of retirement: a page may be freed later than its own step, never earlier
@@ -37,6 +38,7 @@ class PagePool:
         return sum(len(pages) for _, pages in self._retiring)
 
     def count(self, state: int) -> int:
+        """Looks at every page."""
         return self._state.count(state)
 
     def state(self, page: int) -> int:
@@ -53,7 +55,9 @@ class PagePool:
         """Take ``count`` free pages; the caller must have checked `num_free`."""
         if count > len(self._free):
             raise PageError(f"{count} pages wanted, {len(self._free)} free")
-        pages = [self._free.pop() for _ in range(count)]
+        first = len(self._free) - count
+        pages = self._free[first:][::-1]
+        del self._free[first:]
         self._move(pages, FREE, LEASED)
         return pages
 
@@ -86,6 +90,7 @@ class PagePool:
         for _, pages in self._retiring:
             if page in pages:
                 pages.remove(page)
+        self.num_quarantined += self._state[page] != QUARANTINED
         self._state[page] = QUARANTINED
 
     def violations(self, tree: Iterable[int], leased: Iterable[int]) -> dict[int, str]:
