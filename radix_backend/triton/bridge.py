@@ -1,8 +1,10 @@
-"""Between Triton's requests and the engine's client: slots, one sender thread, and a slow look at cancellations."""
+"""Between Triton's requests and the engine's client: slots, sender threads, and a slow look at cancellations."""
 
 from __future__ import annotations
 
+import itertools
 import logging
+import os
 import threading
 from collections.abc import Callable, Mapping
 from queue import SimpleQueue
@@ -22,6 +24,10 @@ from radix_backend.triton.slot import Slot, Wire
 POLL_SECONDS = 0.25  # between looks at cancellations: each is a round trip to the server
 _CLOSE_SECONDS = 5.0  # for the last responses of a model that is unloaded
 
+# A sender thread mostly waits for the server to acknowledge a response. Below that many cores a second one only takes
+# time from the first; above four of them the stub's GIL is the limit.
+_CORES_A_SENDER, _MAX_SENDERS = 4, 4
+
 _log = logging.getLogger(__name__)
 
 
@@ -35,6 +41,7 @@ class Bridge:
         recorder: Recorder,
         ending: Callable[[bool], str] = lambda busy: "",
         arrive: Callable[[], None] = lambda: None,
+        num_senders: int = 1,
     ) -> None:
         """``ending(busy)`` says why running requests must end now, or ""; the watcher's thread asks every so often.
 
@@ -46,11 +53,16 @@ class Bridge:
         self._recorder = recorder
         self._namespace = namespace
         self._live: set[Slot] = set()
-        self._outbox: SimpleQueue[Slot | None] = SimpleQueue()
+        # A request has one sender, so that its responses keep their order.
+        self._outboxes: list[SimpleQueue[Slot | None]] = [SimpleQueue() for _ in range(num_senders)]
+        self._next_outbox = itertools.cycle(self._outboxes)
         self._closing = threading.Event()
         self._threads = [
-            threading.Thread(target=self._send_loop, name="radix-sender", daemon=True),
             threading.Thread(target=self._watch_loop, name="radix-watcher", daemon=True),
+            *(
+                threading.Thread(target=self._send_loop, args=(outbox,), name=f"radix-sender-{number}", daemon=True)
+                for number, outbox in enumerate(self._outboxes)
+            ),
         ]
         for thread in self._threads:
             thread.start()
@@ -58,7 +70,7 @@ class Bridge:
     def execute(self, wire: Wire, read: Callable[[], tuple[Mapping[str, npt.NDArray[Any]], str]]) -> None:
         """Start a request, whose tensors and parameters ``read`` returns. Never waits, never raises, sends nothing."""
         self._arrive()
-        slot = Slot(wire, self._outbox, self._namespace, self._recorder)
+        slot = Slot(wire, next(self._next_outbox), self._namespace, self._recorder)
         self._live.add(slot)
         try:
             tensors, parameters = read()
@@ -88,12 +100,13 @@ class Bridge:
         self._closing.set()
         for slot in list(self._live):
             slot.on_error(Unavailable("the model is being unloaded"))
-        self._outbox.put(None)
+        for outbox in self._outboxes:
+            outbox.put(None)
         for thread in self._threads:
             thread.join(_CLOSE_SECONDS)
 
-    def _send_loop(self) -> None:
-        while (slot := self._outbox.get()) is not None:
+    def _send_loop(self, outbox: SimpleQueue[Slot | None]) -> None:
+        while (slot := outbox.get()) is not None:
             try:
                 slot.flush()
             except Exception as error:
@@ -129,3 +142,8 @@ class Bridge:
 
     def _abort(self, slots: list[Slot]) -> None:
         self._client.abort([slot.engine_id for slot in slots if slot.engine_id is not None])
+
+
+def suitable_senders() -> int:
+    """Sender threads for this machine."""
+    return max(1, min(_MAX_SENDERS, len(os.sched_getaffinity(0)) // _CORES_A_SENDER))

@@ -16,7 +16,7 @@ import triton_python_backend_utils as pb_utils
 from radix_backend.client import EngineClient
 from radix_backend.errors import RadixError
 from radix_backend.protocol import Status
-from radix_backend.triton.bridge import Bridge
+from radix_backend.triton.bridge import Bridge, suitable_senders
 from radix_backend.triton.lifecycle import Lifecycle
 from radix_backend.triton.publisher import Identity, Publisher
 from radix_backend.triton.recorder import Recorder
@@ -50,7 +50,9 @@ class TritonPythonModel:
         recorder = Recorder()
         is_model_ready = partial(pb_utils.is_model_ready, args["model_name"], args["model_version"])
         lifecycle = Lifecycle(os.getppid(), is_model_ready)
-        self._bridge = Bridge(self._client, config.namespace, recorder, lifecycle.ending, lifecycle.arrive)
+        self._bridge = Bridge(
+            self._client, config.namespace, recorder, lifecycle.ending, lifecycle.arrive, suitable_senders()
+        )
         identity = Identity(args, model_config.get("instance_group") or [])
         self._publisher = Publisher(self._client, recorder, identity, pb_utils.MetricFamily)
 

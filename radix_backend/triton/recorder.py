@@ -33,7 +33,7 @@ Observation = tuple[Family, str, float]  # the family, the value of its label, w
 
 
 class Recorder:
-    """Puts come from the client's I/O thread and the sender thread, `take` is for the publisher's alone."""
+    """Puts come from the client's I/O thread and the sender threads, `take` is for the publisher's alone."""
 
     def __init__(self) -> None:
         self._observations: deque[Observation] = deque(maxlen=LIMIT)

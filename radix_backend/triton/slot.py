@@ -1,7 +1,7 @@
 """One request in the stub: what the engine generated and has not been sent yet.
 
-The client's I/O thread and `Bridge.execute` put, the bridge's one sender thread takes. A slot that holds something to
-send stands in the outbox once: idle, that makes a response a token; busy, tokens coalesce while the slot waits.
+The client's I/O thread and `Bridge.execute` put, one of the bridge's sender threads takes. A slot that holds something
+to send stands in its outbox once: idle, that makes a response a token; busy, tokens coalesce while the slot waits.
 """
 
 from __future__ import annotations

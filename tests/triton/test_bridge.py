@@ -130,6 +130,21 @@ def test_tokens_coalesce_while_sending_lags(bridge: Bridge, engine: Engine) -> N
     assert len(other.sent) == 1
 
 
+def test_slow_send_delays_no_other_senders_requests(engine: Engine) -> None:
+    bridge = Bridge(engine, "", Recorder(), num_senders=3)  # type: ignore[arg-type]
+    slow, *others = [start(bridge) for _ in range(6)]
+    slow.gate = threading.Event()
+    for number in range(20):
+        for request in range(1, 7):
+            engine.emit(request, f" t{number}", LENGTH if number == 19 else RUNNING)
+    eventually(lambda: sum(wire.ended for wire in others) == 4)  # the fifth has the sender of the slow one
+    slow.gate.set()
+    eventually(lambda: slow.ended and all(wire.ended for wire in others))
+    for wire in [slow, *others]:
+        assert "".join(str(text) for text, _ in wire.sent) == "".join(f" t{number}" for number in range(20))
+    bridge.close()
+
+
 def test_whole_answer_is_sent_once(bridge: Bridge, engine: Engine) -> None:
     wire = start(bridge, stream=False)
     for number in range(3):
