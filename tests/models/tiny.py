@@ -53,8 +53,13 @@ _CONFIGS = {
 }
 
 
-def save_tiny(directory: Path, kind: str = "llama", seed: int = 0, **overrides: Any) -> Path:
-    """A random model of ``kind`` (a key of KINDS) in f32 with a byte-level tokenizer, in ``directory``."""
+def save_tiny(
+    directory: Path, kind: str = "llama", seed: int = 0, rounded: torch.dtype = torch.float32, **overrides: Any
+) -> Path:
+    """A random model of ``kind`` (a key of KINDS) in f32 with a byte-level tokenizer, in ``directory``.
+
+    Its weights are numbers that ``rounded`` has too.
+    """
     config = _CONFIGS[kind.split("-")[0]](**{**BASE, **KINDS[kind], **overrides})
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
@@ -62,9 +67,11 @@ def save_tiny(directory: Path, kind: str = "llama", seed: int = 0, **overrides: 
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if name.endswith("norm.weight"):
-                parameter.copy_(1 + 0.1 * noise)  # otherwise all ones: a forgotten norm weight would not show
+                parameter.copy_(
+                    (1 + 0.1 * noise).to(rounded)
+                )  # otherwise all ones: a forgotten norm weight would not show
             else:
-                parameter.copy_(config.initializer_range * noise)
+                parameter.copy_((config.initializer_range * noise).to(rounded))
     model.save_pretrained(directory)
     save_tokenizer(directory, vocab=config.vocab_size)
     return directory
