@@ -59,7 +59,8 @@ def multi_turn(number: int, sessions: int = 64, turns: int = 6, own: int = 120, 
 
 def rate(number: int, per_second: float) -> Load:
     """Requests of seed's lengths, arriving independently of each other (Poisson) at so many a second."""
-    load, generator, arrival = seed(5000 + number), random.Random(4000 + number), 0.0
+    # No rate finds the prompts of another in the cache.
+    load, generator, arrival = seed(5000 + 1000 * number + round(per_second)), random.Random(4000 + number), 0.0
     for session in load.sessions:
         arrival += generator.expovariate(per_second)
         session.arrival = arrival

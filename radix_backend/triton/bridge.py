@@ -24,9 +24,9 @@ from radix_backend.triton.slot import Slot, Wire
 POLL_SECONDS = 0.25  # between looks at cancellations: each is a round trip to the server
 _CLOSE_SECONDS = 5.0  # for the last responses of a model that is unloaded
 
-# A sender thread mostly waits for the server to acknowledge a response. Below that many cores a second one only takes
-# time from the first; above four of them the stub's GIL is the limit.
-_CORES_A_SENDER, _MAX_SENDERS = 4, 4
+# A sender thread mostly waits for the server to acknowledge a response. On few cores a second one only takes time from
+# the first; with four the stub's GIL is the limit (docs/performance.md).
+_CORES_A_SENDER, _MAX_SENDERS = 4, 2
 
 _log = logging.getLogger(__name__)
 
