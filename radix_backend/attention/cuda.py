@@ -54,26 +54,29 @@ class PrefillBatch:
     chunks: Chunks
 
 
+@dataclass(frozen=True)
+class AttentionSetup:
+    """What attention needs to know of a worker and its model."""
+
+    page_table: Tensor  # [slots, pages] int32
+    num_heads: int
+    max_rows: int  # of a decode batch
+    max_tiles: int  # of these
+    rope_table: Tensor  # rope.cos_sin_table
+    eps: float  # of the q/k norms
+
+
 class CudaAttention:
     """Every layer writes the KV of all its tokens before any of them attends (see `AttentionBackend`)."""
 
-    def __init__(
-        self,
-        pool: KVPool,
-        page_table: Tensor,
-        num_heads: int,
-        max_rows: int,
-        max_tiles: int,
-        rope_table: Tensor,
-        eps: float,
-    ) -> None:
-        """``rope_table`` is rope.cos_sin_table, ``eps`` the q/k norms'; ``page_table`` [slots, pages] int32."""
-        self._pool, self._page_table, self._num_heads = pool, page_table, num_heads
-        self._rope_table, self._eps = rope_table, eps
+    def __init__(self, pool: KVPool, setup: AttentionSetup) -> None:
+        self.pool = pool  # until launches are captured, one with another number of pages may take its place
+        self._page_table, self._num_heads = setup.page_table, setup.num_heads
+        self._rope_table, self._eps = setup.rope_table, setup.eps
         keys, _ = pool.layer(0)
         num_sms = torch.cuda.get_device_properties(keys.device).multi_processor_count if keys.is_cuda else 4
         shape = decode_shape(keys.dtype, keys.shape[3], keys.shape[1], num_sms)
-        self._decode_rows = CudaDecode(max_rows, num_heads, keys, shape, max_tiles)
+        self._decode_rows = CudaDecode(setup.max_rows, setup.num_heads, keys, shape, setup.max_tiles)
 
     def plan_decode(self, rows: int, lengths: npt.NDArray[np.int64]) -> None:
         """Called before each step of ``rows`` decode rows, captured or not; those beyond ``lengths`` are padding.
@@ -109,7 +112,7 @@ class CudaAttention:
     def _write(
         self, layer: int, heads: Tensor, norms: tuple[Tensor, Tensor] | None, positions: Tensor, slots: Tensor
     ) -> tuple[Tensor, Tensor]:
-        keys, values = self._pool.layer(layer)
+        keys, values = self.pool.layer(layer)
         rotate_and_write(
             heads,
             self._num_heads,

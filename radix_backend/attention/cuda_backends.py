@@ -8,9 +8,8 @@ import logging
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from radix_backend.attention.cuda import CudaAttention
+from radix_backend.attention.cuda import AttentionSetup, CudaAttention
 from radix_backend.attention.cuda_torch import TorchAttention
 from radix_backend.attention.kv_pool import KVPool
 from radix_backend.errors import InvalidArgument, RadixError, Unavailable, Unsupported
@@ -44,25 +43,15 @@ def resolve_backends(name: str, dtype: torch.dtype, head_dim: int) -> Backends:
     return backends
 
 
-def cuda_attention(
-    backends: Backends,
-    pool: KVPool,
-    page_table: Tensor,
-    num_heads: int,
-    max_rows: int,
-    max_tiles: int,
-    rope_table: Tensor,
-    eps: float,
-) -> CudaAttention:
-    """``backends`` are from `resolve_backends`; the rest as for `CudaAttention`."""
+def cuda_attention(backends: Backends, pool: KVPool, setup: AttentionSetup) -> CudaAttention:
+    """``backends`` are from `resolve_backends`."""
     if not backends.prefill.startswith("flashinfer"):
-        kind = TorchAttention if backends.prefill == "torch_native" else CudaAttention
-        return kind(pool, page_table, num_heads, max_rows, max_tiles, rope_table, eps)
+        return (TorchAttention if backends.prefill == "torch_native" else CudaAttention)(pool, setup)
     from radix_backend.attention.flashinfer import FlashInferAttention, FlashInferPrefill, PrefillKernel
 
     wrapped = FlashInferAttention if backends.decode == backends.prefill else FlashInferPrefill
     kernel: PrefillKernel = "fa3" if backends.prefill == "flashinfer-fa3" else "fa2"
-    return wrapped(pool, page_table, num_heads, max_rows, max_tiles, rope_table, eps, kernel)
+    return wrapped(pool, setup, kernel)
 
 
 def _fastest_prefill(dtype: torch.dtype, head_dim: int) -> str:
@@ -75,12 +64,23 @@ def _fastest_prefill(dtype: torch.dtype, head_dim: int) -> str:
 
         if load_compiled_prefill("fa3", dtype, head_dim):
             return "flashinfer-fa3"
-        log.info("no flashinfer for prefill: its kernel has not been compiled; attention_backend 'flashinfer' does so")
+        log.info("no flashinfer for prefill: its kernel has not been compiled; `radix-backend prebuild` does so")
     except RadixError as error:
         log.info("no flashinfer for prefill: %s", error)
     except Exception as error:  # a broken installation is not worth a server
         log.warning("no flashinfer for prefill: %s: %s", type(error).__name__, error)
     return "triton"
+
+
+def compile_fastest_prefill(dtype: torch.dtype, head_dim: int) -> None:
+    """Make ready what "auto" would rather take than what is. Takes minutes.
+
+    Raises RadixError where this model, GPU or installation has nothing of the kind; else what the compiler raises.
+    """
+    _check_flashinfer("flashinfer-fa3", dtype, head_dim)
+    from radix_backend.attention.flashinfer import compile_prefill
+
+    compile_prefill("fa3", dtype, head_dim)
 
 
 def _check_flashinfer(name: str, dtype: torch.dtype, head_dim: int) -> None:

@@ -20,7 +20,7 @@ from flashinfer.jit.attention import gen_batch_prefill_module
 from flashinfer.prefill import BatchPrefillWithPagedKVCacheWrapper, get_batch_prefill_module
 from torch import Tensor
 
-from radix_backend.attention.cuda import Attend, CudaAttention, DecodeBatch, PrefillBatch
+from radix_backend.attention.cuda import Attend, AttentionSetup, CudaAttention, DecodeBatch, PrefillBatch
 from radix_backend.attention.cuda_page_lists import PageLists
 from radix_backend.attention.kv_pool import KVPool
 
@@ -36,35 +36,34 @@ PrefillKernel = Literal["fa2", "fa3"]  # FlashAttention 2, or 3 for GPUs of comp
 
 def load_compiled_prefill(kernel: PrefillKernel, dtype: torch.dtype, head_dim: int) -> bool:
     """Load the kernel if it has been compiled; returns whether it was. Raises whatever keeps it from loading."""
-    # The types of queries, KV, output and indices, the sizes of keys' and values' heads, no rope, no options.
-    variant = (dtype, dtype, dtype, torch.int32, head_dim, head_dim, 0, False, False, False)
+    variant = _prefill_variant(dtype, head_dim)
     if not gen_batch_prefill_module(kernel, *variant).is_compiled:
         return False
     get_batch_prefill_module(kernel, *variant)
     return True
 
 
+def compile_prefill(kernel: PrefillKernel, dtype: torch.dtype, head_dim: int) -> None:
+    """So that it can be loaded from then on. Takes minutes; raises whatever keeps it from that, nvcc's absence too."""
+    get_batch_prefill_module(kernel, *_prefill_variant(dtype, head_dim))
+
+
+def _prefill_variant(dtype: torch.dtype, head_dim: int) -> tuple[Any, ...]:
+    """The types of queries, KV, output and indices, the sizes of keys' and values' heads, no rope, no options."""
+    return dtype, dtype, dtype, torch.int32, head_dim, head_dim, 0, False, False, False
+
+
 class FlashInferPrefill(CudaAttention):
     """Prefill by FlashInfer's paged wrapper; decode, q/k norm, rope and the KV write are those of `CudaAttention`."""
 
-    def __init__(
-        self,
-        pool: KVPool,
-        page_table: Tensor,
-        num_heads: int,
-        max_rows: int,
-        max_tiles: int,
-        rope_table: Tensor,
-        eps: float,
-        prefill_kernel: PrefillKernel,
-    ) -> None:
-        super().__init__(pool, page_table, num_heads, max_rows, max_tiles, rope_table, eps)
+    def __init__(self, pool: KVPool, setup: AttentionSetup, prefill_kernel: PrefillKernel) -> None:
+        super().__init__(pool, setup)
         keys, _ = pool.layer(0)
         _, kv_heads, self._page_size, head_dim = keys.shape
-        self._shape = (num_heads, kv_heads, head_dim, self._page_size)
+        self._shape = (setup.num_heads, kv_heads, head_dim, self._page_size)
         self._types = {"q_data_type": keys.dtype, "kv_data_type": keys.dtype}
-        self._prefill_lists = PageLists(max_rows, page_table, self._page_size)
-        self._prefill_workspace = _Workspace(keys, num_heads)
+        self._prefill_lists = PageLists(setup.max_rows, setup.page_table, self._page_size)
+        self._prefill_workspace = _Workspace(keys, setup.num_heads)
         self._prefiller = BatchPrefillWithPagedKVCacheWrapper(
             self._prefill_workspace.floats, "HND", backend=prefill_kernel
         )
@@ -106,23 +105,13 @@ class FlashInferPrefill(CudaAttention):
 class FlashInferAttention(FlashInferPrefill):
     """Decode by FlashInfer's paged wrappers too, one for each number of rows."""
 
-    def __init__(
-        self,
-        pool: KVPool,
-        page_table: Tensor,
-        num_heads: int,
-        max_rows: int,
-        max_tiles: int,
-        rope_table: Tensor,
-        eps: float,
-        prefill_kernel: PrefillKernel,
-    ) -> None:
-        super().__init__(pool, page_table, num_heads, max_rows, max_tiles, rope_table, eps, prefill_kernel)
+    def __init__(self, pool: KVPool, setup: AttentionSetup, prefill_kernel: PrefillKernel) -> None:
+        super().__init__(pool, setup, prefill_kernel)
         keys, _ = pool.layer(0)
         # Kernels for CUDA cores exist for groups of 1, 2, 3, 4 and 8: for all below this bound.
-        self._tensor_cores = num_heads // keys.shape[1] >= _TENSOR_CORE_GROUP
-        self._decode_lists = PageLists(max_rows, page_table, self._page_size)
-        self._decode_workspace = _Workspace(keys, num_heads)
+        self._tensor_cores = setup.num_heads // keys.shape[1] >= _TENSOR_CORE_GROUP
+        self._decode_lists = PageLists(setup.max_rows, setup.page_table, self._page_size)
+        self._decode_workspace = _Workspace(keys, setup.num_heads)
         self._decoders: dict[int, Any] = {}
 
     def plan_decode(self, rows: int, lengths: npt.NDArray[np.int64]) -> None:

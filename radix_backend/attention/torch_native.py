@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 # Queries times KV tokens up to which a chunk is computed as so many single queries: the start of a
 # scaled_dot_product_attention costs about as much.
 _SMALL_CHUNK = 4096
+_LONGEST_SPAN = 1024  # queries: their mask has as many columns as there are tokens of KV
 
 
 def compile_decode(pool: KVPool, num_heads: int) -> DecodeKernel | None:
@@ -58,7 +59,7 @@ class _Plan:
 
 
 class TorchNative:
-    """`AttentionBackend` for a pool on the CPU."""
+    """`AttentionBackend` for a pool on any device; with a ``kernel`` on the CPU."""
 
     def __init__(self, pool: KVPool, kernel: DecodeKernel | None) -> None:
         self._pool = pool
@@ -77,20 +78,22 @@ class TorchNative:
             step.page_table[slots, positions.long() // page_size],
             positions % page_size,
             _queries(single) if single else None,
-            [(span, self._pages(step.page_table, span), self._mask(span)) for span in spans],
+            [(span, self._pages(step.page_table, span), self._mask(span, step.page_table)) for span in spans],
         )
 
     def _pages(self, page_table: Tensor, span: _Span) -> Tensor:
         return page_table[span.slot, : -(-span.length // self._pool.page_size)].long()
 
-    def _mask(self, span: _Span) -> Tensor:
+    def _mask(self, span: _Span, page_table: Tensor) -> Tensor:
         """Zero where a query sees a token, minus infinity where that comes after it."""
-        later = torch.ones(span.num_tokens, span.length, dtype=torch.bool).triu(span.length - span.num_tokens + 1)
-        return torch.zeros(later.shape, dtype=self._pool.dtype).masked_fill_(later, -torch.inf)
+        hidden = torch.full(
+            (span.num_tokens, span.length), -torch.inf, dtype=self._pool.dtype, device=page_table.device
+        )
+        return hidden.triu_(span.length - span.num_tokens + 1)
 
     def attend(self, plan: _Plan, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self._pool.layer(layer)
-        out = torch.empty(q.shape, dtype=q.dtype)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if self._kernel is not None:
             self._kernel.write(k, v, keys, values, plan.write_pages, plan.write_offsets)
         else:
@@ -111,7 +114,9 @@ def _spans(step: AttentionStep) -> list[_Span]:
             rows = zip(batch.slots.tolist(), batch.lengths.tolist(), strict=True)
             spans += [_Span(batch.first + i, 1, length, slot) for i, (slot, length) in enumerate(rows)]
         else:
-            spans.append(_Span(batch.first, batch.num_tokens, batch.cached + batch.num_tokens, batch.slot))
+            for start in range(0, batch.num_tokens, _LONGEST_SPAN):
+                count = min(_LONGEST_SPAN, batch.num_tokens - start)
+                spans.append(_Span(batch.first + start, count, batch.cached + start + count, batch.slot))
     return spans
 
 

@@ -28,7 +28,7 @@ def logits_rules(
 
 
 class LogitsRules:
-    """The rules of one request."""
+    """The rules of one request, and how plain torch applies them."""
 
     def __init__(
         self,
@@ -37,42 +37,45 @@ class LogitsRules:
         bad_words: Sequence[Sequence[int]],
         device: torch.device | str = "cpu",
     ) -> None:
-        self._bias = {token: min(max(bias, -MAX_BIAS), MAX_BIAS) for token, bias in params.logit_bias.items()}
-        self._bias_ids = torch.tensor(list(self._bias), dtype=torch.int64, device=device)
-        self._biases = torch.tensor(list(self._bias.values()), dtype=torch.float32, device=device)
-        self._bad_words = [tuple(word) for word in bad_words]
-        self._min_tokens = params.min_tokens
-        self._stops = torch.tensor(list(stop_token_ids), dtype=torch.int64, device=device)
-        self._repetition = params.repetition_penalty
-        self._presence, self._frequency = params.presence_penalty, params.frequency_penalty
+        self.bias = {token: min(max(bias, -MAX_BIAS), MAX_BIAS) for token, bias in params.logit_bias.items()}
+        self.bad_words = [tuple(word) for word in bad_words]
+        self.min_tokens = params.min_tokens
+        self.stops = tuple(stop_token_ids)  # excluded before `min_tokens` outputs
+        self.repetition = params.repetition_penalty
+        self.presence, self.frequency = params.presence_penalty, params.frequency_penalty
         # Whether logits change by amounts that bf16 would round away; otherwise tokens are only excluded.
-        self.shifts = bool(self._bias or self._presence or self._frequency or self._repetition != 1)
+        self.shifts = bool(self.bias or self.presence or self.frequency or self.repetition != 1)
+        self._bias_ids = torch.tensor(list(self.bias), dtype=torch.int64, device=device)
+        self._biases = torch.tensor(list(self.bias.values()), dtype=torch.float32, device=device)
+        # A tensor: CUDA multiplies by the reciprocal of a number, which rounds twice.
+        self._divisor = torch.tensor(self.repetition, dtype=torch.float32, device=device)
+        self._stops = torch.tensor(self.stops, dtype=torch.int64, device=device)
 
     @property
     def until(self) -> int:
         """How many outputs there are when the rules end to matter: those of a minimum alone do."""
-        return sys.maxsize if self.shifts or self._bad_words else self._min_tokens
+        return sys.maxsize if self.shifts or self.bad_words else self.min_tokens
 
     def apply(self, logits: Tensor, tokens: Tensor, prompt_len: int) -> None:
         """Change ``logits`` [vocabulary], f32 if this `shifts`, of the token after ``tokens``: prompt, then outputs."""
         outputs = tokens[prompt_len:]
-        if self._bias:
+        if self.bias:
             logits[self._bias_ids] += self._biases
-        if len(outputs) < self._min_tokens:
+        if len(outputs) < self.min_tokens:
             logits[self._stops] = -torch.inf
-        if self._bad_words:
+        if self.bad_words:
             self._exclude_bad_words(logits, outputs)
-        if self._repetition != 1:
+        if self.repetition != 1:
             seen = tokens.unique().long()
             theirs = logits[seen]
-            logits[seen] = torch.where(theirs > 0, theirs / self._repetition, theirs * self._repetition)
-        if self._presence or self._frequency:
+            logits[seen] = torch.where(theirs > 0, theirs / self._divisor, theirs * self._divisor)
+        if self.presence or self.frequency:
             generated, counts = outputs.unique(return_counts=True)
-            logits[generated.long()] -= self._frequency * counts.float() + self._presence
+            logits[generated.long()] -= self.frequency * counts.float() + self.presence
 
     def _exclude_bad_words(self, logits: Tensor, outputs: Tensor) -> None:
-        longest = max(len(word) for word in self._bad_words)
+        longest = max(len(word) for word in self.bad_words)
         recent = tuple(outputs[max(len(outputs) - longest + 1, 0) :].tolist())
-        for *start, last in self._bad_words:
+        for *start, last in self.bad_words:
             if not start or recent[-len(start) :] == tuple(start):
                 logits[last] = -torch.inf

@@ -16,7 +16,8 @@ def sample(logits: Tensor, rows: SamplingRows) -> Tensor:
     """See `Sampler`."""
     tokens = logits.argmax(dim=-1)
     for row in np.flatnonzero(rows.temperature > 0).tolist():
-        scaled = logits[row].float() / torch.tensor(rows.temperature[row])
+        # By a tensor: CUDA multiplies by the reciprocal of a number, which rounds twice.
+        scaled = logits[row].float() / torch.tensor(rows.temperature[row], device=logits.device)
         keep = scaled >= _threshold(scaled, int(rows.top_k[row]), float(rows.top_p[row]), float(rows.min_p[row]))
         candidates = keep.nonzero()[:, 0]
         noise = gumbel(hash32(rows.keys[row : row + 1], candidates.cpu().numpy()))[0]
@@ -35,6 +36,6 @@ def _threshold(scaled: Tensor, top_k: int, top_p: float, min_p: float) -> float:
     if top_p < 1:
         survivors = scaled[scaled >= threshold].sort(descending=True).values
         mass = survivors.double().softmax(dim=0).cumsum(dim=0)
-        last = int(torch.searchsorted(mass, torch.tensor(top_p, dtype=torch.float64)))
+        last = int(torch.searchsorted(mass, torch.tensor(top_p, dtype=torch.float64, device=mass.device)))
         threshold = float(survivors[min(last, len(survivors) - 1)])
     return threshold

@@ -15,17 +15,9 @@ from radix_backend.sampling.base import SamplingRows
 from radix_backend.sampling.logits_rules import LogitsRules, logits_rules
 from radix_backend.sampling.noise import row_keys
 from radix_backend.worker.interface import NewRequest, StepPlan
+from radix_backend.worker.prompt_scores import PromptScores, ScoredSpan
 
 _NONE = -1  # no log probabilities wanted
-
-
-@dataclass(frozen=True)
-class ScoredSpan:
-    """Consecutive prompt tokens of one row whose successors, prompt tokens too, are to be scored."""
-
-    tokens: range  # their indices in the step
-    successors: Tensor  # [tokens] int64
-    count: int  # of the likeliest tokens to report for each
 
 
 @dataclass(frozen=True)
@@ -45,13 +37,13 @@ class BatchState:
     """Columns indexed by slot.
 
     Lengths are the CPU's: how far a step advances a request is known when it is planned. Only token ids depend on
-    what was sampled, and they stay where the model reads them.
+    what was sampled, and they stay where the model reads them: with page tables, on its ``device``.
     """
 
-    def __init__(self, max_bs: int, context_len: int, page_size: int) -> None:
+    def __init__(self, max_bs: int, context_len: int, page_size: int, device: str = "cpu") -> None:
         # One more than context_len: the token sampled after a prompt that fills it has a place.
-        self.token_ids = torch.zeros(max_bs, context_len + 1, dtype=torch.int32)
-        self.page_table = torch.zeros(max_bs, -(-(context_len + 1) // page_size), dtype=torch.int32)
+        self.token_ids = torch.zeros(max_bs, context_len + 1, dtype=torch.int32, device=device)
+        self.page_table = torch.zeros(max_bs, -(-(context_len + 1) // page_size), dtype=torch.int32, device=device)
         self._num_computed = np.zeros(max_bs, np.int64)
         self._prompt_len = np.zeros(max_bs, np.int64)
         self._seeds = np.zeros(max_bs, np.int64)
@@ -61,17 +53,18 @@ class BatchState:
         self._min_p = np.zeros(max_bs, np.float32)
         self._rules: list[LogitsRules | None] = [None] * max_bs
         self._logprobs = np.full(max_bs, _NONE)
-        self._prompt_logprobs = np.full(max_bs, _NONE)
-        self._num_scored = np.zeros(max_bs, np.int64)
+        self._prompt_scores = PromptScores(max_bs)
 
     def apply(self, plan: StepPlan) -> StepInput:
         """Take the plan's deltas and advance its rows."""
         for request in plan.new:
             self._enter(request)
-        self.page_table[torch.from_numpy(plan.page_slots), torch.from_numpy(plan.page_index)] = torch.from_numpy(
-            plan.page_ids
-        )
+        self.page_table[self._move(plan.page_slots), self._move(plan.page_index)] = self._move(plan.page_ids)
         return self._advance(plan)
+
+    def _move(self, column: npt.NDArray[Any]) -> Tensor:
+        """To the device."""
+        return torch.from_numpy(column).to(self.token_ids.device)
 
     def _enter(self, request: NewRequest) -> None:
         slot, params = request.slot, request.params
@@ -83,10 +76,9 @@ class BatchState:
         self._top_k[slot] = max(params.top_k, 0)
         self._top_p[slot] = params.top_p
         self._min_p[slot] = params.min_p
-        self._rules[slot] = logits_rules(params, request.stop_token_ids, request.bad_words)
+        self._rules[slot] = logits_rules(params, request.stop_token_ids, request.bad_words, self.token_ids.device)
         self._logprobs[slot] = _NONE if params.logprobs is None else params.logprobs
-        self._prompt_logprobs[slot] = _NONE if params.prompt_logprobs is None else params.prompt_logprobs
-        self._num_scored[slot] = max(request.num_scored, 1)
+        self._prompt_scores.enter(request)
 
     def _advance(self, plan: StepPlan) -> StepInput:
         slots, counts = plan.slots, plan.num_tokens
@@ -95,7 +87,7 @@ class BatchState:
         ends = np.cumsum(counts)
         token_slots = np.repeat(slots, counts)
         positions = np.arange(len(token_slots)) - np.repeat(ends - counts - cached, counts)
-        slot_index, position_index = torch.from_numpy(token_slots), torch.from_numpy(positions)
+        slot_index, position_index = self._move(token_slots), self._move(positions)
         sample_slots = slots[plan.sample]
         return StepInput(
             token_ids=self.token_ids[slot_index, position_index],
@@ -103,26 +95,11 @@ class BatchState:
             attention=AttentionStep(
                 self.page_table, slot_index, position_index.int(), _sub_batches(plan, cached, ends - counts)
             ),
-            sampled=torch.from_numpy(ends[plan.sample] - 1),
+            sampled=self._move(ends[plan.sample] - 1),
             sample_slots=sample_slots,
             sample_positions=self._num_computed[sample_slots],
-            scored=self._scored_spans(plan, cached, ends),
+            scored=self._prompt_scores.spans(slots, cached, counts, self.token_ids),
         )
-
-    def _scored_spans(self, plan: StepPlan, cached: npt.NDArray[np.int64], ends: npt.NDArray[Any]) -> list[ScoredSpan]:
-        spans = []
-        for row in np.flatnonzero(self._prompt_logprobs[plan.slots] != _NONE).tolist():
-            slot = int(plan.slots[row])
-            after = int(cached[row]) + int(plan.num_tokens[row])
-            first = max(int(cached[row]) + 1, int(self._num_scored[slot]))
-            last = min(after + 1, int(self._prompt_len[slot]))
-            if first < last:
-                end = int(ends[row]) - (after + 1 - last)
-                successors = self.token_ids[slot, first:last].long()
-                spans.append(
-                    ScoredSpan(range(end - len(successors), end), successors, int(self._prompt_logprobs[slot]))
-                )
-        return spans
 
     def sampling_rows(self, step: StepInput) -> SamplingRows:
         slots = step.sample_slots
@@ -151,7 +128,7 @@ class BatchState:
 
     def append(self, step: StepInput, tokens: Tensor) -> None:
         """Put the sampled ``tokens`` [sampling rows] where the next step reads them."""
-        slots, positions = torch.from_numpy(step.sample_slots), torch.from_numpy(step.sample_positions)
+        slots, positions = self._move(step.sample_slots), self._move(step.sample_positions)
         self.token_ids[slots, positions] = tokens.int()
 
 

@@ -6,7 +6,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from radix_backend.attention.cuda import Chunks, PrefillBatch
+from radix_backend.attention.cuda import AttentionSetup, Chunks, PrefillBatch
 from radix_backend.attention.cuda_backends import cuda_attention, resolve_backends
 from radix_backend.attention.cuda_decode import tile_rows
 from radix_backend.attention.cuda_extend import tile_tokens
@@ -29,19 +29,33 @@ from radix_backend.models.decoder import Decoder, Hidden
 from radix_backend.process import Reporter
 from radix_backend.protocol import TokenLogprobs
 from radix_backend.sampling.cuda import CudaSampler
-from radix_backend.sampling.logprobs import token_logprobs
-from radix_backend.sampling_params import SamplingParams
+from radix_backend.sampling.cuda_rules import CudaRules
+from radix_backend.sampling.logprobs import score_tokens, token_logprobs
+from radix_backend.sampling_params import MAX_LOGPROBS, SamplingParams
 from radix_backend.worker.device_state import DeviceState, DeviceStep, Prefill
 from radix_backend.worker.graphs import DecodeGraphs, ladder
-from radix_backend.worker.interface import NewRequest, StepPlan, StepResult
-from radix_backend.worker.memory import Budget, plan_pages_on_device
+from radix_backend.worker.interface import Ints, NewRequest, StepPlan, StepResult
+from radix_backend.worker.memory import Budget, measure_on_device, plan_pages_on_device
+from radix_backend.worker.precision import compute_dtype
 from radix_backend.worker.prompt_scores import score_prompt
+from radix_backend.worker.special_rows import SpecialRows
 
 log = logging.getLogger(__name__)
 
+_SPECIAL_ROWS = 64  # sampled at once: each takes four times the vocabulary in f32
+_REHEARSED = 128  # tokens of a prompt before there is traffic: the libraries load kernels when they are first needed
+_NO_ROWS = np.empty(0, np.int32)
 _RESULTS = 4  # buffers for tokens on their way to the CPU: steps in flight at most
 _GRAPH_BYTES = 8 << 20  # what a captured size takes beside its tensors
-_DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """Log probabilities under way: what `score_tokens` made."""
+
+    scores: Tensor
+    counts: list[int]  # [rows] how many of the likeliest tokens to report
+    rows: Ints  # [rows] of the step's tokens; empty: of a prompt
 
 
 @dataclass(frozen=True)
@@ -49,8 +63,8 @@ class _Launched:
     step: DeviceStep
     number: int
     buffer: int
-    logprobs: tuple[list[int], Tensor, Tensor, list[int]] | None  # rows, log_softmax, tokens, counts
-    prompt_logprobs: list[list[TokenLogprobs]]
+    scores: list[_Scores]  # on the CPU, once `buffer` is
+    prompt_scores: list[_Scores]
 
 
 class CudaRunner:
@@ -69,15 +83,16 @@ class CudaRunner:
         self._reporter = reporter
         model = read_model_config(model_dir)
         context_len = effective_context_len(config, model)
-        self._dtype = _DTYPES[config.dtype]
+        self._dtype = compute_dtype(config)
         self._backends = resolve_backends(config.attention_backend, self._dtype, model.head_dim)
         self._last_buffer = 0
         self._started = time.monotonic()
         free = torch.cuda.mem_get_info()[0] if self._cuda else 0
         self._load(config, model, model_dir, context_len)
         self._allocate_state(config, model, context_len)
+        self._attach(KVPool(model, 1, config.page_size, self._dtype, device), model)
         self.num_pages = self._size_pool(config, model, context_len, free)
-        self._attach(KVPool(model, self.num_pages, config.page_size, self._dtype, device), model)
+        self._attention.pool = KVPool(model, self.num_pages, config.page_size, self._dtype, device)
         self._graphs: DecodeGraphs | None = None
         if self._cuda and not config.enforce_eager:
             self._capture()
@@ -91,29 +106,27 @@ class CudaRunner:
         step = self._state.stage(plan)
         if self._cuda:
             torch.cuda.current_stream().wait_event(self._copied[self._last_buffer])  # the tokens of the last step
-        logits: list[Tensor] = []
-        prompt_logprobs: list[list[TokenLogprobs]] = []
-        special = self._state.is_special(step.sample_slots)
+        scores: list[_Scores] = []
+        prompt_scores: list[_Scores] = []
         if step.num_decode:
             size = self._graphs.padded(step.num_decode) if self._graphs else step.num_decode
             # What a row samples next comes after all that it attends to.
             self._attention.plan_decode(size, step.sample_positions[: step.num_decode])
             with record_function("forward"):
                 (self._graphs.forward if self._graphs else self._forward)(size)
-            if special:
-                logits.append(self._logits[: step.num_decode].clone())
-            else:
-                with record_function("sample"):
-                    (self._graphs.sample if self._graphs else self._sample)(size)
+            with record_function("sample"):
+                (self._graphs.sample if self._graphs else self._sample)(size)
+            scores += self._sample_again(self._logits, step.special, 0)
         if step.prefill is not None:
             with record_function("forward"):
                 hidden = self._prefill(step.prefill, whole=bool(step.scored))
-            prompt_logprobs = [score_prompt(self._model, hidden, span, self._reporter.progress) for span in step.scored]
-            logits.append(self._model.logits(hidden, step.prefill.sampled if step.scored else None))
-            if not special:
-                self._sample_into(logits[0], step.prefill.sample_slots, step.num_decode)
-        logprobs = self._sample_specially(step, torch.cat(logits)) if special else None
-        self._copy_out(step, plan.step, logprobs, prompt_logprobs)
+            for span in step.scored:
+                found = score_prompt(self._model, hidden, span, self._reporter.progress)
+                prompt_scores.append(_Scores(found, [span.count] * len(found), _NO_ROWS))
+            logits = self._model.logits(hidden, step.prefill.sampled if step.scored else None)
+            self._sample_into(logits, step.prefill.sample_slots, step.num_decode)
+            scores += self._sample_again(logits, step.prefill.special, step.num_decode)
+        self._copy_out(step, plan.step, scores, prompt_scores)
 
     def settle(self) -> StepResult:
         launched = self._launched.popleft()
@@ -121,12 +134,12 @@ class CudaRunner:
             self._copied[launched.buffer].synchronize()
         step = launched.step
         tokens = self._results[launched.buffer][: len(step.sample_slots)].numpy()[step.order]
-        logprobs: list[TokenLogprobs | None] = []
-        if launched.logprobs is not None:
-            rows, values, sampled, counts = launched.logprobs
-            by_row = dict(zip(rows, token_logprobs(values, sampled, counts), strict=True))
-            logprobs = [by_row.get(row) for row in step.order.tolist()]
-        return StepResult(launched.number, tokens, logprobs, launched.prompt_logprobs)
+        by_row: dict[int, TokenLogprobs] = {}
+        for each in launched.scores:
+            by_row.update(zip(each.rows.tolist(), token_logprobs(each.scores, each.counts), strict=True))
+        logprobs = [by_row.get(row) for row in step.order.tolist()] if by_row else []
+        prompt_logprobs = [token_logprobs(each.scores, each.counts) for each in launched.prompt_scores]
+        return StepResult(launched.number, tokens, logprobs, prompt_logprobs)
 
     def close(self) -> None:
         if self._cuda:
@@ -163,40 +176,43 @@ class CudaRunner:
             logits, slots, state.lengths, state.settings, state.token_ids, self._sampled[first : first + len(logits)]
         )
 
-    def _sample_specially(self, step: DeviceStep, logits: Tensor) -> tuple[list[int], Tensor, Tensor, list[int]] | None:
-        """Apply rules, sample, and keep what log probabilities are made of. Slower than the graph, and it waits."""
-        counts = self._state.logprob_counts(step.sample_slots)
-        reported = [row for row, count in enumerate(counts) if count >= 0]
-        values = torch.log_softmax(logits[reported].float(), dim=-1) if reported else None
-        rules = self._state.rules(step.sample_slots)
-        if any(rule.shifts for _, rule in rules):
-            logits = logits.float()  # bf16 would round what they change
-        for row, rule in rules:
-            slot, position = int(step.sample_slots[row]), int(step.sample_positions[row])
-            self._state.apply_rules(rule, logits[row], slot, position)
-        self._sample_into(logits, torch.from_numpy(step.sample_slots).to(self._device), 0)
-        if values is None:
-            return None
-        return reported, values, self._sampled[reported].long(), [counts[row] for row in reported]
+    def _sample_again(self, logits: Tensor, special: SpecialRows | None, first: int) -> list[_Scores]:
+        """Sample ``special`` rows of ``logits`` [rows, vocabulary] by their rules, in f32, which bf16 would round away.
 
-    def _copy_out(
-        self,
-        step: DeviceStep,
-        number: int,
-        logprobs: tuple[list[int], Tensor, Tensor, list[int]] | None,
-        prompt_logprobs: list[list[TokenLogprobs]],
-    ) -> None:
-        """Send the tokens to the CPU beside whatever is launched next."""
+        They have been sampled like all others: what that has drawn is replaced, among the step's tokens too, of which
+        these rows are number ``first`` and following. Returns the log probabilities that are wanted.
+        """
+        scores: list[_Scores] = []
+        if special is None:
+            return scores
+        state = self._state
+        for start in range(0, len(special.rows), self._most_special):
+            part = slice(start, start + self._most_special)
+            rows, slots, counts = special.rows[part], special.slots[part], special.counts[part]
+            own = logits[rows].float()
+            logprobs = torch.log_softmax(own[: len(counts)], dim=-1)
+            self._rules(own, slots, special.rules[part], state.lengths, state.token_ids)
+            tokens = torch.empty_like(slots)
+            self._sampler(own, slots, state.lengths, state.settings, state.token_ids, tokens)
+            self._sampled[first:][rows] = tokens
+            if counts:
+                found = score_tokens(logprobs, tokens[: len(counts)], max(counts))
+                scores.append(_Scores(found, counts, first + special.scored[part]))
+        return scores
+
+    def _copy_out(self, step: DeviceStep, number: int, scores: list[_Scores], prompt_scores: list[_Scores]) -> None:
+        """Send tokens and log probabilities to the CPU beside whatever is launched next."""
         self._last_buffer = (self._last_buffer + 1) % _RESULTS
         count, target = len(step.sample_slots), self._results[self._last_buffer]
         if self._out_stream is not None:
             self._out_stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._out_stream):
                 target[:count].copy_(self._sampled[:count], non_blocking=True)
+                scores, prompt_scores = _copies(scores), _copies(prompt_scores)
                 self._copied[self._last_buffer].record()
         else:
             target[:count].copy_(self._sampled[:count])
-        self._launched.append(_Launched(step, number, self._last_buffer, logprobs, prompt_logprobs))
+        self._launched.append(_Launched(step, number, self._last_buffer, scores, prompt_scores))
 
     # ── the way to ready ────────────────────────────────────────────────────────────────────────────────────
 
@@ -216,25 +232,23 @@ class CudaRunner:
         max_bs = config.max_bs
         self._state = DeviceState(max_bs, context_len, config.page_size, tokens, rows, self._device)
         self._sampler = CudaSampler(max_bs, model.vocab_size, self._device)
+        self._most_special = min(max_bs, _SPECIAL_ROWS)
+        self._rules = CudaRules(self._most_special, model.vocab_size, self._device)
         self._logits = torch.empty(max_bs, model.vocab_size, dtype=self._dtype, device=self._device)
         self._sampled = torch.zeros(max_bs, dtype=torch.int32, device=self._device)
         self._max_bs, self._max_batched_tokens = max_bs, config.max_batched_tokens
+        self._rehearsed = min(_REHEARSED if self._cuda else 2, config.max_batched_tokens, context_len - 1)
         self._results = [torch.zeros(max_bs, dtype=torch.int32, pin_memory=self._cuda) for _ in range(_RESULTS)]
         self._copied = [torch.cuda.Event() for _ in range(_RESULTS)] if self._cuda else []
         self._out_stream = torch.cuda.Stream() if self._cuda else None
         self._launched: deque[_Launched] = deque()
 
     def _attach(self, pool: KVPool, model: ModelConfig) -> None:
-        self._attention = cuda_attention(
-            self._backends,
-            pool,
-            self._state.page_table,
-            model.num_heads,
-            self._max_bs,
-            self._state.max_tiles,
-            self._model.rope_table,
-            model.rms_norm_eps,
+        state, rope_table = self._state, self._model.rope_table
+        setup = AttentionSetup(
+            state.page_table, model.num_heads, self._max_bs, state.max_tiles, rope_table, model.rms_norm_eps
         )
+        self._attention = cuda_attention(self._backends, pool, setup)
 
     @torch.inference_mode()
     def _size_pool(self, config: EngineConfig, model: ModelConfig, context_len: int, free: int) -> int:
@@ -242,19 +256,17 @@ class CudaRunner:
         if not self._cuda:
             return plan_pages_on_device(config, model, self._dtype, context_len, Budget(free, 0, 0))
         self._reporter.phase("measuring memory")
-        self._attach(KVPool(model, 1, config.page_size, self._dtype, str(self._device)), model)
-        used = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
+        budget = measure_on_device(free, self._largest_steps)
+        graphs = 0 if config.enforce_eager else budget.reserved // 8 + len(ladder(self._max_bs)) * _GRAPH_BYTES
+        self._log_phase("memory measured")
+        budget = replace(budget, reserved=budget.reserved + graphs)
+        return plan_pages_on_device(config, model, self._dtype, context_len, budget)
+
+    def _largest_steps(self) -> None:
         self._pad_prefill(self._max_batched_tokens)
         self._forward(self._max_bs)
         self._sample(self._max_bs)
-        torch.cuda.synchronize()
-        activations = torch.cuda.max_memory_allocated() - used
-        torch.cuda.empty_cache()
-        graphs = 0 if config.enforce_eager else activations // 8 + len(ladder(self._max_bs)) * _GRAPH_BYTES
-        taken = free - torch.cuda.mem_get_info()[0]
-        self._log_phase("memory measured")
-        return plan_pages_on_device(config, model, self._dtype, context_len, Budget(free, taken, activations + graphs))
+        self._sample_again(self._logits, self._all_special(), 0)
 
     def _pad_prefill(self, tokens: int) -> None:
         """A step of so many tokens, all of them padding: nothing is written or attended to."""
@@ -267,6 +279,12 @@ class CudaRunner:
         logits = self._model.logits(hidden, zeros[: self._max_bs])
         self._sample_into(logits, padding[: self._max_bs], 0)
 
+    def _all_special(self) -> SpecialRows:
+        """As many padding rows as are sampled at once, whose log probabilities are wanted."""
+        padding = torch.full((self._most_special,), -1, dtype=torch.int32, device=self._device)
+        zeros, rows = torch.zeros_like(padding), np.zeros(self._most_special, np.int32)
+        return SpecialRows(zeros, padding, zeros.long(), rows, [MAX_LOGPROBS] * self._most_special)
+
     @torch.inference_mode()
     def _capture(self) -> None:
         self._graphs = DecodeGraphs(ladder(self._max_bs), self._forward, self._sample, _phase(self._reporter))
@@ -277,18 +295,26 @@ class CudaRunner:
         """Compile what the first requests would otherwise wait for. The page written to is still free."""
         for tokens in range(1, MAX_ROWS + 1):
             self._pad_prefill(tokens)  # each of these sizes has kernels of its own
-        params = SamplingParams(top_k=2, top_p=0.5, min_p=0.1, seed=0)
+        params = SamplingParams(top_k=2, top_p=0.5, min_p=0.1, seed=0, repetition_penalty=1.1, logprobs=1)
+        prompt = np.zeros(self._rehearsed, np.int32)
         slot, one, every = np.zeros(1, np.int32), np.ones(1, np.int32), np.ones(1, np.bool_)
-        index = np.arange(-(-3 // page_size), dtype=np.int32)
+        index = np.arange(-(-(len(prompt) + 1) // page_size), dtype=np.int32)
         pages = np.zeros_like(index)
-        first = NewRequest(0, np.zeros(2, np.int32), 2, 0, params)
-        self.launch(StepPlan(0, [first], pages, index, pages, slots=slot, num_tokens=2 * one, sample=every))
+        first = NewRequest(0, prompt, len(prompt), 0, params)
+        self.launch(StepPlan(0, [first], pages, index, pages, slots=slot, num_tokens=len(prompt) * one, sample=every))
         self.launch(StepPlan(0, slots=slot, num_tokens=one, sample=every, num_decode=1))
         self.settle()
         self.settle()
 
     def _log_phase(self, what: str) -> None:
         log.info("%s: %.1f s after the start", what, time.monotonic() - self._started)
+
+
+def _copies(scores: list[_Scores]) -> list[_Scores]:
+    """``scores`` on their way to pinned memory, in the current stream; the device's are kept until it is done."""
+    for each in scores:
+        each.scores.record_stream(torch.cuda.current_stream())
+    return [replace(each, scores=each.scores.to("cpu", non_blocking=True)) for each in scores]
 
 
 def _phase(reporter: Reporter) -> Callable[[float], None]:

@@ -1,19 +1,16 @@
 """What a CUDA worker remembers of each slot between steps: token ids, lengths, page tables, sampling settings.
 
 All of it lives on the device and advances there. The CPU keeps only what follows from the plans it was given: how many
-tokens each slot has, and which stop tokens are to be masked.
+tokens each slot has, and whose sampling is special.
 """
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from radix_backend.attention.cuda import Chunks, DecodeBatch, PrefillBatch
@@ -21,26 +18,15 @@ from radix_backend.attention.cuda_decode import CASCADE_ROWS, DecodeTiles
 from radix_backend.attention.cuda_extend import tiles
 from radix_backend.attention.shared_prefix import SharedPrefixes, shared_prefixes
 from radix_backend.sampling.cuda import LOG_MIN_P, SEED_HIGH, SEED_LOW, SETTINGS, TEMPERATURE, TOP_K, TOP_P
-from radix_backend.sampling.logits_rules import LogitsRules, logits_rules
 from radix_backend.sampling.noise import seed_keys
-from radix_backend.worker.batch_state import ScoredSpan
+from radix_backend.worker.cuda_deltas import NEW, apply_deltas, begin_decode
 from radix_backend.worker.interface import Ints, NewRequest, StepPlan
+from radix_backend.worker.prompt_scores import PromptScores, ScoredSpan
+from radix_backend.worker.special_rows import SpecialRows, SpecialState
 from radix_backend.worker.staging import Staging
 
 _STAGING_WORDS = 1 << 20
-_NEW = 4 + SETTINGS  # words of a new request: slot, its first token in the block, tokens, length, settings
-_BLOCK = 1024
 _MIN_SHARED = 64  # tokens; a shorter prefix is not worth a tile
-_NONE = -1  # no log probabilities wanted
-
-
-@dataclass(frozen=True)
-class PromptScores:
-    """A prompt whose tokens are to be scored."""
-
-    tokens: Tensor  # [prompt] int64, on the CPU
-    num_scored: int  # leading tokens that need no scores
-    count: int  # of the likeliest tokens to report for each
 
 
 @dataclass(frozen=True)
@@ -48,6 +34,7 @@ class Prefill:
     batch: PrefillBatch
     sampled: Tensor  # [sampling chunks] int32: index of the token whose logits are sampled
     sample_slots: Tensor  # [sampling chunks] int32
+    special: SpecialRows | None
 
 
 @dataclass(frozen=True)
@@ -59,6 +46,7 @@ class DeviceStep:
     sample_slots: Ints  # of decode rows, then of chunks
     sample_positions: npt.NDArray[np.int64]  # of the tokens that they sample
     order: npt.NDArray[np.int64]  # where among these the plan's sampling rows are
+    special: SpecialRows | None  # of the decode rows
     scored: list[ScoredSpan]
 
 
@@ -101,7 +89,6 @@ class DeviceState:
         """``tile_tokens``: of the tiles that chunks are cut into for attention; ``tile_rows``: of those of decodes."""
         self._page_size, self._tile_tokens, self._tile_rows = page_size, tile_tokens, tile_rows
         self._staging = Staging(_STAGING_WORDS, device)
-        self._max_bs = max_bs
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(*shape, dtype=torch.int32, device=device)
@@ -125,11 +112,8 @@ class DeviceState:
         self._last_order: npt.NDArray[np.int64] | None = None
         self._num_computed = np.zeros(max_bs, np.int64)
         self._prompt_len = np.zeros(max_bs, np.int64)
-        self._rules: list[LogitsRules | None] = [None] * max_bs
-        self._logprobs = np.full(max_bs, _NONE)
-        self._special_until = np.zeros(max_bs, np.int64)  # outputs: before, it has rules or log probabilities
-        self._prompts: list[PromptScores | None] = [None] * max_bs
-        self._device = device
+        self._special = SpecialState(max_bs, self._staging, device)
+        self._prompt_scores = PromptScores(max_bs)
 
     def stage(self, plan: StepPlan) -> DeviceStep:
         """Queue the plan's deltas and what its rows need to know."""
@@ -143,12 +127,16 @@ class DeviceState:
         decode_rows = decode_rows[self._arrange(plan, plan.slots[decode_rows])]
         self._staging.put(self._rows.words)
         deltas = self._put_deltas(plan)
+        rules = self._special.put_rules()
         cached = self._num_computed[plan.slots]
         self._num_computed[plan.slots] += plan.num_tokens
+        special = self._put_special(plan.slots[decode_rows])
         prefill = self._put_prefill(plan, chunk_rows, cached[chunk_rows].astype(np.int32)) if len(chunk_rows) else None
         self._staging.copy()
         if deltas is not None:
-            self._apply(*deltas)
+            apply_deltas(*deltas, self.token_ids, self.page_table, self.lengths, self.settings)
+        for target, staged in rules:
+            target.copy_(staged)
         sampled = np.concatenate([decode_rows, chunk_rows[plan.sample[chunk_rows]]])
         sample_slots = plan.slots[sampled]
         return DeviceStep(
@@ -157,7 +145,10 @@ class DeviceState:
             sample_slots=sample_slots,
             sample_positions=self._num_computed[sample_slots],
             order=np.argsort(sampled),
-            scored=self._scored_spans(plan, chunk_rows, cached),
+            special=special,
+            scored=self._prompt_scores.spans(
+                plan.slots[chunk_rows], cached[chunk_rows], plan.num_tokens[chunk_rows], self.token_ids
+            ),
         )
 
     def _arrange(self, plan: StepPlan, slots: Ints) -> npt.NDArray[np.int64] | slice:
@@ -175,47 +166,10 @@ class DeviceState:
             self._last_decodes = slots
         return slice(None) if self._last_order is None else self._last_order
 
-    def is_special(self, slots: Ints) -> bool:
-        """Whether a row needs more between its logits and its token than sampling settings say."""
-        return bool((self._num_outputs(slots) < self._special_until[slots]).any())
-
-    def rules(self, slots: Ints) -> list[tuple[int, LogitsRules]]:
-        """Rows whose logits change before they are sampled."""
-        counts = self._num_outputs(slots).tolist()
-        theirs = ((row, self._rules[slot]) for row, slot in enumerate(slots.tolist()))
-        return [(row, rules) for row, rules in theirs if rules is not None and counts[row] < rules.until]
-
-    def _num_outputs(self, slots: Ints) -> npt.NDArray[np.int64]:
-        """Before the token that the step samples."""
-        return self._num_computed[slots] - self._prompt_len[slots]
-
-    def apply_rules(self, rules: LogitsRules, logits: Tensor, slot: int, position: int) -> None:
-        """Change ``logits`` [vocabulary] of the token at ``position``."""
-        rules.apply(logits, self.token_ids[slot, :position], int(self._prompt_len[slot]))
-
-    def logprob_counts(self, slots: Ints) -> list[int]:
-        """[rows] how many of the likeliest tokens to report beside the sampled one; negative: nothing."""
-        counts: list[int] = self._logprobs[slots].tolist()
-        return counts
-
     def begin_decode(self, rows: int) -> DecodeBatch:
         """Read what the first ``rows`` decode rows compute next, and advance them. Can be captured."""
         batch = self._decode
-        _begin_decode[(1,)](
-            batch.slots,
-            self.lengths,
-            self.token_ids,
-            self.token_ids.stride(0),
-            batch.token_ids,
-            batch.positions,
-            batch.lengths,
-            batch.page_ends,
-            batch.tiles.skips,
-            rows,
-            ROWS_PAD=triton.next_power_of_2(self._max_bs),
-            PAGE=self._page_size,
-            num_warps=4,
-        )
+        begin_decode(batch, self.lengths, self.token_ids, rows, self._page_size)
         return DecodeBatch(
             batch.token_ids[:rows],
             batch.positions[:rows],
@@ -236,7 +190,7 @@ class DeviceState:
     def _put_deltas(self, plan: StepPlan) -> tuple[Tensor, Tensor, Tensor] | None:
         if not plan.new and not len(plan.page_ids):
             return None
-        news = np.zeros((len(plan.new), _NEW), np.int32)
+        news = np.zeros((len(plan.new), NEW), np.int32)
         first = 0
         for row, request in zip(news, plan.new, strict=True):
             row[:4] = request.slot, first, len(request.token_ids), request.num_computed
@@ -263,58 +217,19 @@ class DeviceState:
             batch=batch,
             sampled=put(ends[sample] - 1),
             sample_slots=put(slots[sample]),
+            special=self._put_special(slots[sample]),
         )
+
+    def _put_special(self, slots: Ints) -> SpecialRows | None:
+        """Of rows that sample a token for ``slots``; the step has advanced them."""
+        return self._special.put(slots, self._num_computed[slots] - self._prompt_len[slots])
 
     def _enter(self, request: NewRequest) -> None:
-        slot, params = request.slot, request.params
+        slot = request.slot
         self._num_computed[slot] = request.num_computed
         self._prompt_len[slot] = request.prompt_len
-        self._rules[slot] = logits_rules(params, request.stop_token_ids, request.bad_words, self._device)
-        rules = self._rules[slot]
-        until = 0 if rules is None else rules.until
-        self._special_until[slot] = until if params.logprobs is None else sys.maxsize
-        self._logprobs[slot] = _NONE if params.logprobs is None else params.logprobs
-        self._prompts[slot] = None
-        if params.prompt_logprobs is not None:
-            prompt = torch.from_numpy(request.token_ids[: request.prompt_len].astype(np.int64))
-            self._prompts[slot] = PromptScores(prompt, max(request.num_scored, 1), params.prompt_logprobs)
-
-    def _scored_spans(
-        self, plan: StepPlan, rows: npt.NDArray[np.int64], cached: npt.NDArray[np.int64]
-    ) -> list[ScoredSpan]:
-        spans, end = [], 0
-        for row in rows.tolist():
-            end += int(plan.num_tokens[row])
-            prompt = self._prompts[plan.slots[row]]
-            if prompt is None:
-                continue
-            after = int(cached[row]) + int(plan.num_tokens[row])
-            first, last = max(int(cached[row]) + 1, prompt.num_scored), min(after + 1, len(prompt.tokens))
-            if first < last:
-                stop = end - (after + 1 - last)
-                successors = prompt.tokens[first:last].to(self._device)
-                spans.append(ScoredSpan(range(stop - len(successors), stop), successors, prompt.count))
-        return spans
-
-    def _apply(self, news: Tensor, tokens: Tensor, pages: Tensor) -> None:
-        num_pages = pages.shape[1]
-        _apply[(len(news) + triton.cdiv(num_pages, _BLOCK),)](
-            news,
-            tokens,
-            pages,
-            len(news),
-            num_pages,
-            self.token_ids,
-            self.token_ids.stride(0),
-            self.page_table,
-            self.page_table.stride(0),
-            self.lengths,
-            self.settings,
-            NEW=_NEW,
-            SETTINGS=SETTINGS,
-            BLOCK=_BLOCK,
-            num_warps=4,
-        )
+        self._special.enter(request)
+        self._prompt_scores.enter(request)
 
 
 def _settings(request: NewRequest) -> Ints:
@@ -327,69 +242,3 @@ def _settings(request: NewRequest) -> Ints:
     row[TOP_K] = max(params.top_k, 0)
     row[[SEED_LOW, SEED_HIGH]] = seed_keys(np.array([params.seed or 0])).view(np.int32)
     return row
-
-
-@triton.jit(do_not_specialize=["num_new", "num_pages"])
-def _apply(
-    news,
-    tokens,
-    pages,
-    num_new,
-    num_pages,
-    token_ids,
-    token_ids_stride,
-    page_table,
-    page_table_stride,
-    lengths,
-    settings,
-    NEW: tl.constexpr,
-    SETTINGS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    program = tl.program_id(0)
-    i = tl.arange(0, BLOCK)
-    if program < num_new:
-        new = news + program * NEW
-        slot, first, count = tl.load(new).to(tl.int64), tl.load(new + 1), tl.load(new + 2)
-        tl.store(lengths + slot, tl.load(new + 3))
-        setting = tl.arange(0, SETTINGS)
-        tl.store(settings + slot * SETTINGS + setting, tl.load(new + 4 + setting))
-        for start in range(0, count, BLOCK):
-            token = tl.load(tokens + first + start + i, mask=start + i < count)
-            tl.store(token_ids + slot * token_ids_stride + start + i, token, mask=start + i < count)
-    else:
-        write = (program - num_new) * BLOCK + i
-        there = write < num_pages
-        of = tl.load(pages + write, mask=there, other=0).to(tl.int64)
-        index = tl.load(pages + num_pages + write, mask=there, other=0)
-        page = tl.load(pages + 2 * num_pages + write, mask=there, other=0)
-        tl.store(page_table + of * page_table_stride + index, page, mask=there)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _begin_decode(
-    slots,
-    lengths,
-    token_ids,
-    token_ids_stride,
-    row_tokens,
-    row_positions,
-    row_lengths,
-    page_ends,
-    skips,
-    rows,
-    ROWS_PAD: tl.constexpr,
-    PAGE: tl.constexpr,
-):
-    row = tl.arange(0, ROWS_PAD)
-    there = row < rows
-    slot = tl.load(slots + row, mask=there, other=-1)
-    live = slot >= 0
-    position = tl.load(lengths + slot, mask=live, other=0)
-    token = tl.load(token_ids + slot.to(tl.int64) * token_ids_stride + position, mask=live, other=0)
-    tl.store(row_tokens + row, token, mask=there)
-    tl.store(row_positions + row, position, mask=there)
-    tl.store(row_lengths + row, tl.where(live, position + 1, 0), mask=there)
-    pages = tl.where(live, (position + PAGE) // PAGE - tl.load(skips + row, mask=live, other=0), 0)
-    tl.store(page_ends + row, tl.cumsum(pages, axis=0), mask=there)
-    tl.store(lengths + slot, position + 1, mask=live)

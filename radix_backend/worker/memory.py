@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,17 @@ class Budget:
     free: int  # when the engine started
     taken: int  # by weights and state
     reserved: int  # for activations and graphs
+
+
+def measure_on_device(free: int, compute: Callable[[], None]) -> Budget:
+    """What is taken of the ``free`` bytes that there were at first, and what ``compute`` takes for a while."""
+    used = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    compute()
+    torch.cuda.synchronize()
+    activations = torch.cuda.max_memory_allocated() - used
+    torch.cuda.empty_cache()
+    return Budget(free, free - torch.cuda.mem_get_info()[0], activations)
 
 
 def plan_pages_on_device(

@@ -1,4 +1,4 @@
-"""Executes steps on this machine's CPU."""
+"""Executes steps on this machine's CPU; in plain torch on any device."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from torch.profiler import record_function
 from radix_backend.attention.kv_pool import KVPool
 from radix_backend.attention.torch_native import TorchNative, compile_decode
 from radix_backend.config import EngineConfig
-from radix_backend.layers.ops import cpu_ops
+from radix_backend.layers.ops import TorchOps, cpu_ops
 from radix_backend.loading import ModelConfig, effective_context_len, read_model_config
 from radix_backend.loading.checkpoint import Checkpoint
 from radix_backend.loading.dummy import DummyWeights
 from radix_backend.models.decoder import Decoder, Norms
 from radix_backend.process import Reporter
 from radix_backend.protocol import TokenLogprobs
-from radix_backend.sampling import cpu_sampler
-from radix_backend.sampling.logprobs import token_logprobs
+from radix_backend.sampling import cpu_sampler, torch_native
+from radix_backend.sampling.logprobs import score_tokens, token_logprobs
 from radix_backend.sampling_params import SamplingParams
 from radix_backend.worker.batch_state import BatchState, StepInput
 from radix_backend.worker.host import available_cpus
 from radix_backend.worker.interface import Ints, NewRequest, StepPlan, StepResult
-from radix_backend.worker.memory import plan_pages
+from radix_backend.worker.memory import measure_on_device, plan_pages, plan_pages_on_device
+from radix_backend.worker.precision import compute_dtype
 from radix_backend.worker.prompt_scores import score_prompt
 
 log = logging.getLogger(__name__)
@@ -47,18 +48,22 @@ class Runner:
     with more threads than cores libgomp stops spinning between regions, which doubles the time of a decode step.
     """
 
-    def __init__(self, config: EngineConfig, model_dir: Path, reporter: Reporter) -> None:
-        """Loads the model and computes one small step. Raises what the checkpoint, settings or memory do not allow."""
+    def __init__(
+        self, config: EngineConfig, model_dir: Path, reporter: Reporter, device: str = "cpu", plain: bool = False
+    ) -> None:
+        """Loads the model and computes one small step. Raises what the checkpoint, settings or memory do not allow.
+
+        ``plain``: without compiled kernels, as always on a GPU, where that is for want of better ones.
+        """
         sys.setswitchinterval(_SWITCH_INTERVAL)
         model = read_model_config(model_dir)
         context_len = effective_context_len(config, model)
-        dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
-        self.num_pages = plan_pages(config, model, dtype, context_len)
+        self._dtype, self._device, self._plain = compute_dtype(config), device, plain or device != "cpu"
         self._reporter = reporter
         self._plans: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[StepResult | BaseException] = queue.SimpleQueue()
         self._failure: BaseException | None = None
-        load = functools.partial(self._load, config, model, model_dir, dtype, context_len)
+        load = functools.partial(self._load, config, model, model_dir, context_len)
         self._thread = threading.Thread(target=self._serve, args=(load,), name="worker", daemon=True)
         self._thread.start()
         self._warm_up(config.page_size)
@@ -94,24 +99,47 @@ class Runner:
             # What the batch state holds now is anybody's guess: nothing more is executed.
             self._results.put(error)
 
-    def _load(
-        self, config: EngineConfig, model: ModelConfig, model_dir: Path, dtype: torch.dtype, context_len: int
-    ) -> None:
+    def _load(self, config: EngineConfig, model: ModelConfig, model_dir: Path, context_len: int) -> None:
         torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
+        dtype, device = self._dtype, self._device
+        free = 0 if device == "cpu" else torch.cuda.mem_get_info()[0]
+        if device == "cpu":
+            self.num_pages = plan_pages(config, model, dtype, context_len)
 
         def progress(fraction: float) -> None:
             self._reporter.phase("loading weights", fraction)
 
         dummy = config.load_format == "dummy"
-        weights = DummyWeights(dtype, "cpu") if dummy else Checkpoint(model_dir)
-        self._model = Decoder(model, weights, dtype, context_len, cpu_ops(dtype), progress)
+        weights = DummyWeights(dtype, device) if dummy else Checkpoint(model_dir)
+        ops = TorchOps() if self._plain else cpu_ops(dtype)
+        self._model = Decoder(model, weights, dtype, context_len, ops, progress, device)
         self._reporter.phase("compiling")  # a moment where the cache of kernels is warm
-        self._state = BatchState(config.max_bs, context_len, config.page_size)
-        pool = KVPool(model, self.num_pages, config.page_size, dtype)
-        self._attention = TorchNative(pool, compile_decode(pool, model.num_heads))
+        self._state = BatchState(config.max_bs, context_len, config.page_size, device)
         # Logits that a request's rules have shifted are f32.
-        self._samplers = {kind: cpu_sampler(kind) for kind in {dtype, torch.float32}}
+        self._samplers = {
+            kind: torch_native.sample if self._plain else cpu_sampler(kind) for kind in {dtype, torch.float32}
+        }
+        if device != "cpu":
+            self._attach(model, 1, config.page_size)
+            budget = measure_on_device(free, functools.partial(self._largest_step, config, context_len))
+            self.num_pages = plan_pages_on_device(config, model, dtype, context_len, budget)
+        self._attach(model, self.num_pages, config.page_size)
         self._reporter.phase("warming up")
+
+    def _attach(self, model: ModelConfig, num_pages: int, page_size: int) -> None:
+        pool = KVPool(model, num_pages, page_size, self._dtype, self._device)
+        self._attention = TorchNative(pool, None if self._plain else compile_decode(pool, model.num_heads))
+
+    def _largest_step(self, config: EngineConfig, context_len: int) -> None:
+        """The end of the longest prompt, in a pool whose only page is all of its pages, and logits of all rows."""
+        num_tokens = min(config.max_batched_tokens, context_len)
+        request = NewRequest(
+            0, np.zeros(context_len, np.int32), context_len, context_len - num_tokens, SamplingParams()
+        )
+        slot, every = np.zeros(1, np.int32), np.ones(1, np.bool_)
+        self._execute(StepPlan(0, [request], slots=slot, num_tokens=slot + num_tokens, sample=every))
+        logits = torch.zeros(config.max_bs, self._model.config.vocab_size, dtype=self._dtype, device=self._device)
+        torch.log_softmax(logits.float(), dim=-1)
 
     def _execute(self, plan: StepPlan) -> StepResult:
         step = self._state.apply(plan)
@@ -126,7 +154,10 @@ class Runner:
             logits = self._model.logits(hidden, step.sampled)
         with record_function("sample"):
             tokens, logprobs = self._sample(step, logits)
-        prompt_logprobs = [score_prompt(self._model, hidden, span, self._reporter.progress) for span in step.scored]
+        prompt_logprobs = []
+        for span in step.scored:
+            scores = score_prompt(self._model, hidden, span, self._reporter.progress)
+            prompt_logprobs.append(token_logprobs(scores.cpu(), [span.count] * len(scores)))
         return StepResult(plan.step, tokens, logprobs, prompt_logprobs)
 
     def _sample(self, step: StepInput, logits: torch.Tensor) -> tuple[Ints, list[TokenLogprobs | None]]:
@@ -138,11 +169,12 @@ class Runner:
         logits = self._state.apply_rules(step, logits)
         tokens = self._samplers[logits.dtype](logits, self._state.sampling_rows(step))
         self._state.append(step, tokens)
-        sampled: Ints = tokens.numpy().astype(np.int32)
+        sampled: Ints = tokens.cpu().numpy().astype(np.int32)
         if logprobs is None:
             return sampled, []
-        theirs = token_logprobs(logprobs, tokens[reported], [counts[row] for row in reported])
-        by_row = dict(zip(reported, theirs, strict=True))
+        theirs = [counts[row] for row in reported]
+        scores = score_tokens(logprobs, tokens[reported], max(theirs))
+        by_row = dict(zip(reported, token_logprobs(scores.cpu(), theirs), strict=True))
         return sampled, [by_row.get(row) for row in range(len(counts))]
 
     def _warm_up(self, page_size: int) -> None:

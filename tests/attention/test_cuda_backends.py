@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.cuda import DEVICE, on_gpu  # isort: skip
-from radix_backend.attention.cuda import Chunks, DecodeBatch, PrefillBatch
+from radix_backend.attention.cuda import AttentionSetup, Chunks, DecodeBatch, PrefillBatch
 from radix_backend.attention.cuda_backends import Backends, cuda_attention, resolve_backends
 from radix_backend.attention.cuda_decode import DecodeTiles
 from radix_backend.attention.cuda_extend import tile_tokens, tiles
@@ -50,7 +50,7 @@ class Case:
         rope = cos_sin_table(Rope(10000.0), self.head_dim, 512).to(DEVICE)
         pool = Pool(self.keys, self.values)
         backends = Backends("triton", "flashinfer-fa3") if name == "auto" else Backends(name, name)
-        self.attention = cuda_attention(backends, pool, self.table, self.heads, max_rows, 4, rope, 1e-6)
+        self.attention = cuda_attention(backends, pool, AttentionSetup(self.table, self.heads, max_rows, 4, rope, 1e-6))
 
     def projections(self, tokens, seed=0):
         return randn(tokens, self.heads + 2 * self.kv_heads, self.head_dim, dtype=self.dtype, seed=seed)

@@ -104,39 +104,72 @@ SAMPLINGS = [
     {"temperature": 1.3, "seed": 2**63 - 1, "top_p": 0.8},
     {"temperature": 1.0, "seed": 8, "min_p": 0.05, "top_k": 50, "top_p": 0.9},
     {"temperature": 0.0, "repetition_penalty": 1.5, "logit_bias": {3: 2.0}, "frequency_penalty": 0.5},
-    {"temperature": 1.0, "seed": 3, "min_tokens": 4, "stop_token_ids": tuple(range(0, VOCAB, 2))},
+]
+RULES = [
+    {"repetition_penalty": 1.5},
+    {"presence_penalty": 1.2, "frequency_penalty": -0.3},
+    {"frequency_penalty": 0.7},
+    {"logit_bias": {3: 6.0, 4: 5.5, 5: -100.0}},
+    {"min_tokens": 4, "stop_token_ids": tuple(range(0, VOCAB, 2))},
+    {"bad_words": tuple((token,) for token in range(0, VOCAB, 3)) + tuple((1, token) for token in range(VOCAB))},
+    {
+        "repetition_penalty": 1.2,
+        "presence_penalty": 0.3,
+        "frequency_penalty": 0.2,
+        "logit_bias": {1: 4.0, 2: 3.0},
+        "min_tokens": 3,
+        "stop_token_ids": (1, 7),
+        "bad_words": ((2, 1), (9,)),
+        "top_k": 40,
+        "logprobs": 1,
+    },
 ]
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_tokens_equal_those_of_the_cpu_whatever_the_batch(model, mode):
+def cpu_driver(directory):
     from radix_backend.worker.runner import Runner
 
-    directory, _ = model
     config = EngineConfig(dtype="float32", max_bs=8, context_len=200, kv_cache_memory=2**22)
-    cpu = Driver(Runner(config, directory, Reporter()), 16)
+    return Driver(Runner(config, directory, Reporter()), 16)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("samplings", [SAMPLINGS, RULES, [{**rule, "temperature": 1.0, "seed": 9} for rule in RULES]])
+def test_tokens_equal_those_of_the_cpu_whatever_the_batch(model, mode, samplings):
+    directory, _ = model
+    cpu = cpu_driver(directory)
     expected = []
-    for sampling in SAMPLINGS:
+    for sampling in samplings:
         row = cpu.new(0, prompt(30), **sampling)
         cpu.step((row, 30))
-        cpu.decode(row, count=6)
+        cpu.decode(row, count=8)
         expected.append(row.outputs)
     cpu.worker.close()
     with driver(directory, mode, page_size=5) as d:
-        rows = [d.new(7 - i, prompt(30), **sampling) for i, sampling in enumerate(SAMPLINGS)]
+        rows = [d.new(7 - i, prompt(30), **sampling) for i, sampling in enumerate(samplings)]
         for chunk in (11, 8, 11):
             d.step(*[(row, chunk) for row in rows])
-        d.decode(*rows[:5], count=6)  # on the graph
-        d.decode(*rows[5:], count=6)
+        plain = d.new(0, prompt(12))  # others do not mind their neighbours
+        d.step(*[(row, 1) for row in rows], (plain, 12))
+        d.decode(*rows[:5], count=7)
+        d.decode(*rows[5:], plain, count=4)
+        # A request that comes back after a retraction: prompt and outputs are computed anew, outputs stay outputs.
+        resumed = [
+            d.new(row.slot, row.tokens, prompt_len=30, **sampling)
+            for row, sampling in zip(rows[5:], samplings[5:], strict=True)
+        ]
+        d.step(*[(row, 20) for row in resumed], (plain, 1))
+        d.step(*[(row, 16) for row in resumed], (plain, 1))
+        d.decode(*resumed, plain, count=2)
+    for row, again in zip(rows[5:], resumed, strict=True):
+        row.outputs += again.outputs
     assert [row.outputs for row in rows] == expected
+    assert plain.outputs == greedy(model[1], prompt(12), 9)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_logprobs_equal_those_of_the_cpu(model, mode):
-    from radix_backend.worker.runner import Runner
-
     directory, _ = model
-    config = EngineConfig(dtype="float32", max_bs=8, context_len=200, kv_cache_memory=2**22)
 
     def run(d):
         rows = [
@@ -149,7 +182,7 @@ def test_logprobs_equal_those_of_the_cpu(model, mode):
         d.decode(*rows, count=2)
         return [row.logprobs for row in rows], d.prompt_logprobs
 
-    cpu = Driver(Runner(config, directory, Reporter()), 16)
+    cpu = cpu_driver(directory)
     expected = run(cpu)
     cpu.worker.close()
     with driver(directory, mode) as d:
@@ -160,6 +193,23 @@ def test_logprobs_equal_those_of_the_cpu(model, mode):
         assert (ours.rank, ours.token_ids) == (theirs.rank, theirs.token_ids)
         values = [torch.frombuffer(bytearray(each.logprobs), dtype=torch.float32) for each in (ours, theirs)]
         torch.testing.assert_close(*values, rtol=0, atol=1e-4)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="takes a GPU")
+@pytest.mark.parametrize("mode", MODES)
+def test_no_step_waits_for_the_device(model, mode):
+    """Not even those with rules and log probabilities, of prompts too."""
+    with driver(model[0], mode) as d:
+        rows = [d.new(i, prompt(30), logprobs=3, **sampling) for i, sampling in enumerate(SAMPLINGS)]
+        rows.append(d.new(7, prompt(30), prompt_logprobs=2, **{**RULES[-1], "seed": 1}))
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            d.step(*[(row, 20) for row in rows])
+            d.step(*[(row, 10) for row in rows])
+            d.decode(*rows, count=3)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert [len(row.outputs) for row in rows] == [4] * len(rows)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -20,9 +20,13 @@ def steps_that_are_special(count, **sampling):
     special = []
     for step in range(count):
         tokens = np.array([1 if step else 5], np.int32)
-        state.stage(StepPlan(step, [] if step else new, slots=slots, num_tokens=tokens, sample=every))
-        special.append(state.is_special(slots))
-        assert bool(state.rules(slots)) == (special[-1] and "logprobs" not in sampling)
+        staged = state.stage(StepPlan(step, [] if step else new, slots=slots, num_tokens=tokens, sample=every))
+        rows = staged.special if step else staged.prefill.special
+        special.append(rows is not None)
+        if rows is not None:
+            assert (rows.rows.tolist(), rows.slots.tolist()) == ([0], [1])
+            assert bool(rows.rules[0]) == ("logprobs" not in sampling)
+            assert rows.counts == ([sampling["logprobs"]] if "logprobs" in sampling else [])
     return special
 
 
