@@ -47,6 +47,9 @@ try:
     found["cuda"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 except Exception as error:
     found["torch"], found["torch_error"] = None, f"{type(error).__name__}: {error}"
+if found.get("cuda") and found["radix-backend"]:
+    from radix_backend.worker.kernel_probe import why_no_kernels
+    found["no_kernels"] = why_no_kernels()
 print(json.dumps(found))
 """
 
@@ -235,8 +238,12 @@ def _gpu_packages(found: dict[str, Any], python: str) -> Iterator[Check]:
         yield Check("FAIL", "torch's CUDA", finding, "compare the driver's CUDA version (nvidia-smi) with torch's")
     elif found["torch"]:
         yield Check("ok", "torch's CUDA", f"{found['torch_cuda']}, sees {', '.join(found['cuda'])}")
+    slow = "the GPU computes in plain torch, many times slower"
     if found["triton"] is None:
-        yield Check("FAIL", "triton kernels", "the package 'triton' is missing", install)
+        yield Check("warn", "triton kernels", f"the package 'triton' is missing; {slow}", install)
+    elif found.get("no_kernels"):
+        finding = f"triton {found['triton']}: {found['no_kernels']}; {slow}"
+        yield Check("warn", "triton kernels", finding, "install a C compiler, if there is none: apt-get install gcc")
     else:
         yield Check("ok", "triton kernels", f"triton {found['triton']}")
     if found["flashinfer-python"] is None:
@@ -250,7 +257,7 @@ def _compiler() -> Check:
         if path := shutil.which(name):
             return Check("ok", "compiler", path)
     return Check(
-        "warn", "compiler", "none; a CPU needs none, a GPU's kernels are launched by compiled C", "apt-get install gcc"
+        "warn", "compiler", "none; a CPU needs none, without one a GPU is many times slower", "apt-get install gcc"
     )
 
 

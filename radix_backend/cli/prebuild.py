@@ -21,8 +21,9 @@ example:
   radix-backend prebuild --model ./Qwen3-0.6B --max-bs 128    then serve with the same settings
 
 Give the settings that you will serve with: kernels depend on the model's shape, dtype, page size and batch sizes. They
-are cached where Triton (the language; TRITON_CACHE_DIR, by default ~/.triton) and numba keep theirs: an image that
-carries these directories starts without compiling, on the same kind of GPU.
+are cached where Triton (the language; TRITON_CACHE_DIR, by default ~/.triton), FlashInfer (~/.cache/flashinfer) and
+numba keep theirs: an image that carries these directories starts without compiling, on the same kind of GPU. On Hopper,
+where flashinfer-python and nvcc are installed, FlashInfer's prefill kernel is compiled too: no start does so unasked.
 """
 
 
@@ -48,9 +49,10 @@ def run(arguments: argparse.Namespace) -> int:
         file = Path(directory) / "config.json"
         file.write_bytes(msgspec.json.encode(config))
         output = _run([python, "-m", "radix_backend.loading", str(file)], "loading the model")
-    dummy = msgspec.json.encode({**settings, "load_format": "dummy"}).decode()
+    given = msgspec.json.encode({**settings, "load_format": "dummy"}).decode(), output.splitlines()[-1]
+    _run([python, "-m", "radix_backend.worker.prebuild", *given], "compiling attention")
     # An engine that is asked nothing: to be ready, it has compiled all that it needs.
-    _run([python, "-m", "radix_backend.engine.offline", dummy, output.splitlines()[-1]], "compiling")
+    _run([python, "-m", "radix_backend.engine.offline", *given], "compiling")
     print(f"kernels are compiled and cached ({time.monotonic() - started:.1f} s)")
     return 0
 

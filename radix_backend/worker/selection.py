@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from pathlib import Path
 from typing import Literal
@@ -13,6 +12,8 @@ from radix_backend.config import EngineConfig
 from radix_backend.errors import InvalidArgument, Unavailable
 from radix_backend.process import Reporter
 from radix_backend.worker.interface import Worker
+from radix_backend.worker.kernel_probe import why_no_kernels
+from radix_backend.worker.runner import Runner
 
 log = logging.getLogger(__name__)
 
@@ -22,27 +23,32 @@ _ACCEPTED: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": {"dtype": ("auto", "bfloat16", "float32"), "attention_backend": ("auto", "torch_native")},
     "cuda": {},
 }
+_WITHOUT_KERNELS = ("auto", "torch_native")
 
 
 def select_worker(config: EngineConfig, model_dir: Path, reporter: Reporter) -> Worker:
-    """``config`` is settled. Raises InvalidArgument for settings that its device cannot have, Unavailable without
-    kernels for it."""
+    """``config`` is settled. Raises InvalidArgument for settings that its device cannot have, Unavailable for those
+    that need kernels which cannot be compiled."""
     device = config.device
     for name, accepted in _ACCEPTED[device].items():
         if getattr(config, name) not in accepted:
             values = ", ".join(accepted)
             raise InvalidArgument(f"setting {name!r} is {getattr(config, name)!r}; accepted on {device}: {values}")
     if device == "cpu":
-        from radix_backend.worker.runner import Runner
-
         return Runner(config, model_dir, reporter)
-    if importlib.util.find_spec("triton") is None:
-        raise Unavailable(
-            "no kernels for the GPU: the Python package 'triton' is missing; torch's CUDA builds bring it"
-        )
-    from radix_backend.worker.cuda_runner import CudaRunner
+    missing = why_no_kernels()
+    if missing is None:
+        from radix_backend.worker.cuda_runner import CudaRunner
 
-    return CudaRunner(config, model_dir, reporter)
+        return CudaRunner(config, model_dir, reporter)
+    if config.attention_backend not in _WITHOUT_KERNELS:
+        values = ", ".join(_WITHOUT_KERNELS)
+        raise Unavailable(
+            f"setting 'attention_backend' is {config.attention_backend!r}; accepted without kernels for the GPU: "
+            f"{values}. There are none: {missing}"
+        )
+    log.warning("no kernels for the GPU: all is computed in plain torch, many times slower. %s", missing)
+    return Runner(config, model_dir, reporter, device="cuda")
 
 
 def select_device(config: EngineConfig) -> Literal["cpu", "cuda"]:

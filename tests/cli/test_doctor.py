@@ -74,3 +74,23 @@ def test_little_space_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     for free, verdict in ((100 << 20, "FAIL"), (1 << 30, "warn"), (8 << 30, "ok")):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
         assert doctor._disk().verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("found", "finding"),
+    [
+        ({"triton": "3.6.0"}, "ok triton 3.6.0"),
+        ({"triton": None}, "warn the package 'triton' is missing; the GPU computes in plain torch, many times slower"),
+        (
+            {"triton": "3.6.0", "no_kernels": "RuntimeError: Failed to find C compiler"},
+            "warn triton 3.6.0: RuntimeError: Failed to find C compiler; the GPU computes in plain torch, many times "
+            "slower",
+        ),
+    ],
+)
+def test_kernels_that_cannot_be_compiled_make_a_gpu_slow(found: dict[str, str | None], finding: str) -> None:
+    engine = {"torch": "2.11", "torch_cuda": "13.0", "cuda": ["NVIDIA Test"], "flashinfer-python": None}
+    checks = {check.subject: check for check in doctor._gpu_packages({**engine, **found}, "python3")}
+    kernels = checks["triton kernels"]
+    assert f"{kernels.verdict} {kernels.finding}" == finding
+    assert bool(kernels.advice) == (kernels.verdict == "warn")
