@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.engine.traces import PHASES, trace_events
 from tests.triton.tiny_server import Start, settings, start_tiny, tiny_model  # noqa: F401
-
-PHASES = {"schedule", "launch", "forward", "sample", "settle"}
 
 
 def profile(action: str, endpoint: Path, settings: dict[str, Any]) -> subprocess.CompletedProcess[str]:
@@ -46,7 +43,7 @@ def test_a_profile_of_a_serving_engine_names_the_phases_of_its_steps(
     assert done.returncode == 0, done.stderr
     path = Path(done.stdout.strip())
     assert path.parent == tmp_path / "profiles"
-    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    events = trace_events(path)
     assert {event.get("name") for event in events} >= PHASES
     assert sum(event.get("name") == "forward" for event in events) >= 8
     assert any(str(event.get("name")).startswith("aten::") for event in events)
