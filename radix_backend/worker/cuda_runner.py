@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 
 _SPECIAL_ROWS = 64  # sampled at once: each takes four times the vocabulary in f32
 _REHEARSED = 128  # tokens of a prompt before there is traffic: the libraries load kernels when they are first needed
+_REHEARSED_EVERY = 32  # decode rows: sizes of full steps beside them
 _NO_ROWS = np.empty(0, np.int32)
 _RESULTS = 4  # buffers for tokens on their way to the CPU: steps in flight at most
 _GRAPH_BYTES = 8 << 20  # what a captured size takes beside its tensors
@@ -293,8 +294,8 @@ class CudaRunner:
     @torch.inference_mode()
     def _warm_up(self, page_size: int) -> None:
         """Compile what the first requests would otherwise wait for. The page written to is still free."""
-        for tokens in range(1, MAX_ROWS + 1):
-            self._pad_prefill(tokens)  # each of these sizes has kernels of its own
+        for tokens in self._prefill_sizes():
+            self._pad_prefill(tokens)
         params = SamplingParams(top_k=2, top_p=0.5, min_p=0.1, seed=0, repetition_penalty=1.1, logprobs=1)
         prompt = np.zeros(self._rehearsed, np.int32)
         slot, one, every = np.zeros(1, np.int32), np.ones(1, np.int32), np.ones(1, np.bool_)
@@ -305,6 +306,15 @@ class CudaRunner:
         self.launch(StepPlan(0, slots=slot, num_tokens=one, sample=every, num_decode=1))
         self.settle()
         self.settle()
+
+    def _prefill_sizes(self) -> list[int]:
+        """Tokens of prefills that load or compile kernels: a product's first use at a size waits for the device."""
+        most = self._max_batched_tokens
+        sizes = set(range(1, MAX_ROWS + 1))  # each has fused kernels of its own
+        if self._cuda:
+            sizes |= {1 << power for power in range(most.bit_length())}
+            sizes |= {most - rows for rows in range(0, self._max_bs, _REHEARSED_EVERY)}  # full steps, beside decodes
+        return sorted(size for size in sizes if 0 < size <= most)
 
     def _log_phase(self, what: str) -> None:
         log.info("%s: %.1f s after the start", what, time.monotonic() - self._started)
