@@ -193,7 +193,7 @@ class CudaRunner:
             own = logits[rows].float()
             logprobs = torch.log_softmax(own[: len(counts)], dim=-1)
             self._rules(own, slots, special.rules[part], state.lengths, state.token_ids)
-            tokens = torch.empty_like(slots)
+            tokens = torch.zeros_like(slots)  # padding, which is left alone, is a token too
             self._sampler(own, slots, state.lengths, state.settings, state.token_ids, tokens)
             self._sampled[first:][rows] = tokens
             if counts:
