@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from radix_backend.cli.gpu import find_gpu
 from tests.models.embedded import embedded_dir
 
 # Read when torch is imported: see radix_backend.worker. Tests share the cores with servers of their own.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+if not find_gpu().present:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which transformers may do before tests.cuda
 
 
 @pytest.fixture(scope="session", autouse=True)
