@@ -20,7 +20,7 @@ from radix_backend.errors import InvalidArgument
         (lambda: EngineConfig(dtype="int4"), "setting 'dtype' is 'int4'; accepted: auto or bfloat16"),
         (lambda: EngineConfig(modell="x"), "unknown setting 'modell'; accepted: "),
         (lambda: SamplingParams(temperature=-1), "sampling parameter 'temperature' is -1; accepted: float >= 0.0"),
-        (lambda: SamplingParams(temperature=float("nan")), "sampling parameter 'temperature' is nan; accepted: a "),
+        (lambda: SamplingParams(temperature=float("nan")), "sampling parameter 'temperature' is nan; accepted: float"),
         (lambda: SamplingParams(top_q=1), "unknown sampling parameter 'top_q'; accepted: "),
     ],
 )
