@@ -13,6 +13,7 @@ import termios
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 PATIENCE = 60.0  # seconds: a bound on hanging, not an expectation
 _CONTROLS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]|\x1b\][^\x07]*\x07|\r")
@@ -39,10 +40,11 @@ class Terminal:
 
 
 @contextmanager
-def terminal(*arguments: str) -> Iterator[Terminal]:
-    """``radix-backend`` with these arguments; killed at the end if it runs still."""
+def terminal(home: Path, *arguments: str) -> Iterator[Terminal]:
+    """``radix-backend`` with these arguments and this RADIX_HOME; killed at the end if it runs still."""
     ours, theirs = pty.openpty()
-    environment = os.environ | {"TERM": "xterm", "COLUMNS": "120", "PROMPT_TOOLKIT_NO_CPR": "1"}
+    settings = {"TERM": "xterm", "COLUMNS": "120", "PROMPT_TOOLKIT_NO_CPR": "1", "RADIX_HOME": str(home)}
+    environment = os.environ | settings
     process = subprocess.Popen(
         [sys.executable, "-m", "radix_backend.cli", *arguments],
         stdin=theirs,

@@ -113,9 +113,9 @@ def test_a_server_that_is_not_there_is_told(url: str, message: str) -> None:
 
 @pytest.mark.parametrize("door", DOORS)
 def test_ctrl_c_on_a_terminal_stops_the_answer_and_not_the_conversation(
-    server: TritonServer, engine: EngineClient, door: str
+    server: TritonServer, engine: EngineClient, door: str, tmp_path: Path
 ) -> None:
-    with terminal("chat", *DOORS[door](server), "--set=temperature=0") as screen:
+    with terminal(tmp_path, "chat", *DOORS[door](server), "--set=temperature=0") as screen:
         screen.wait_for("/help lists commands")
         screen.wait_for(">")
         screen.type(f"{QUESTIONS[0]}\r")
@@ -135,6 +135,7 @@ def test_ctrl_c_on_a_terminal_stops_the_answer_and_not_the_conversation(
         screen.wait_for(">")
         screen.type("\x04")
         assert screen.process.wait(30) == 0
+    assert f"+{QUESTIONS[0]}\n" in (tmp_path / "chat_history").read_text()
 
 
 def test_a_missing_package_is_told(tmp_path: Path) -> None:
@@ -177,8 +178,8 @@ def test_top_shows_what_runs(server: TritonServer, engine: EngineClient, source:
     eventually(lambda: engine.stats()["requests_running"] == 0)
 
 
-def test_top_watches_until_ctrl_c(server: TritonServer) -> None:
-    with terminal("top", *FLAGS, "--interval=0.2") as screen:
+def test_top_watches_until_ctrl_c(server: TritonServer, tmp_path: Path) -> None:
+    with terminal(tmp_path, "top", *FLAGS, "--interval=0.2") as screen:
         screen.wait_for("0 running, 0 waiting")
         screen.wait_for("0 running, 0 waiting")
         screen.type("\x03")
