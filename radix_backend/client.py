@@ -8,7 +8,7 @@ import contextlib
 import itertools
 import queue
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -119,11 +119,13 @@ class EngineClient:
         output_ids: TokenIds = (),
         emitted_chars: int = 0,
         add_special_tokens: bool = True,
+        wants_input_ids: bool = False,
     ) -> int:
         """Start a request, or go on with one that had ``output_ids``; returns its id at once.
 
         From then on ``sink`` gets exactly one last call. A seed is drawn if ``params`` has none. Of several completions
-        (``params.n``) each is scheduled for itself; if one of them is refused, all end.
+        (``params.n``) each is scheduled for itself; if one of them is refused, all end. With ``wants_input_ids`` the
+        first `Delta` of each has the tokens of the prompt.
         Raises Unavailable when the engine is not ready, InvalidArgument for a prompt that is none.
         """
         if sum(prompt is not None for prompt in (text, input_ids, messages)) != 1:
@@ -146,6 +148,7 @@ class EngineClient:
             add_special_tokens,
             [dict(message) for message in messages or ()],
             dict(chat_template_kwargs or {}),
+            wants_input_ids,
         )
         self._connection.post(partial(self._connection.submit, request, sink, encode(request, message)))
         return request
@@ -156,14 +159,15 @@ class EngineClient:
             self._connection.post(partial(self._connection.abort, list(ids)))
 
     def generate(
-        self, prompt: str | TokenIds, params: SamplingParams, *, priority: int = 0, add_special_tokens: bool = True
-    ) -> Iterator[Delta]:
+        self, prompt: str | TokenIds | None, params: SamplingParams, **request: Any
+    ) -> Generator[Delta, None, None]:
         """Submit at the first `next`, then iterate until the request ends. Closing the iterator aborts the request.
 
-        Raises what `submit` does, and whatever error ends the request.
+        ``request`` are further keywords of `submit`, ``messages`` where ``prompt`` is None. Raises what `submit` does,
+        and whatever error ends the request.
         """
         inbox: queue.SimpleQueue[Delta | RadixError] = queue.SimpleQueue()
-        request = self._submit_prompt(prompt, params, _Inbox(inbox.put), priority, add_special_tokens)
+        id = self._submit_prompt(prompt, params, _Inbox(inbox.put), request)
         left = params.n
         try:
             while left:
@@ -171,16 +175,20 @@ class EngineClient:
                 left -= delta.finish != RUNNING
                 yield delta
         finally:
-            self.abort([request])
+            self.abort([id])
 
     async def agenerate(
-        self, prompt: str | TokenIds, params: SamplingParams, *, priority: int = 0, add_special_tokens: bool = True
-    ) -> AsyncIterator[Delta]:
+        self, prompt: str | TokenIds | None, params: SamplingParams, **request: Any
+    ) -> AsyncGenerator[Delta, None]:
         """`generate` for asyncio. Cancelling the task that iterates aborts the request too."""
         inbox: asyncio.Queue[Delta | RadixError] = asyncio.Queue()
         loop = asyncio.get_running_loop()
-        sink = _Inbox(lambda item: loop.call_soon_threadsafe(inbox.put_nowait, item))
-        request = self._submit_prompt(prompt, params, sink, priority, add_special_tokens)
+
+        def put(item: Delta | RadixError) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for it any more
+                loop.call_soon_threadsafe(inbox.put_nowait, item)
+
+        id = self._submit_prompt(prompt, params, _Inbox(put), request)
         left = params.n
         try:
             while left:
@@ -188,7 +196,7 @@ class EngineClient:
                 left -= delta.finish != RUNNING
                 yield delta
         finally:
-            self.abort([request])
+            self.abort([id])
 
     def render_chat(
         self,
@@ -239,17 +247,10 @@ class EngineClient:
         self.close()
 
     def _submit_prompt(
-        self, prompt: str | TokenIds, params: SamplingParams, sink: Sink, priority: int, add_special_tokens: bool
+        self, prompt: str | TokenIds | None, params: SamplingParams, sink: Sink, request: Mapping[str, Any]
     ) -> int:
-        text, input_ids = (prompt, None) if isinstance(prompt, str) else (None, prompt)
-        return self.submit(
-            params,
-            text=text,
-            input_ids=input_ids,
-            sink=sink,
-            priority=priority,
-            add_special_tokens=add_special_tokens,
-        )
+        given: dict[str, Any] = {} if prompt is None else {"text" if isinstance(prompt, str) else "input_ids": prompt}
+        return self.submit(params, sink=sink, **given, **request)
 
     def _ask(self, message: Callable[[int], Message], timeout: float) -> Any:
         call = next(self._ids)
@@ -269,7 +270,7 @@ class _Inbox:
         self._put = put
 
     def on_delta(self, delta: Delta) -> None:
-        if not delta.num_input_tokens:  # the receipt will tell
+        if not delta.num_input_tokens or delta.input_ids is not None:  # the number alone is in the receipt
             self._put(delta)
 
     def on_error(self, error: RadixError) -> None:

@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from radix_backend.errors import InvalidArgument, Unsupported
-from radix_backend.validation import convert, show
+from radix_backend.validation import Checked, convert, show
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
 _UNITS = {
@@ -42,8 +42,10 @@ def _by_device(name: str) -> str:
 
 
 # `omit_defaults`: the 0 that stands for "by device" is no value that `max_bs` accepts, so it must not travel.
-class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Settings of one engine. Build it with `parse` when the values come from a user."""
+class EngineConfig(
+    msgspec.Struct, metaclass=Checked, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
+    """Settings of one engine, checked when it is built: see `parse`."""
 
     model: Annotated[
         str,

@@ -63,6 +63,7 @@ class Submit(Message):
     add_special_tokens: bool = True  # to `text`, as the tokenizer would (a BOS); False for what `RenderChat` gave
     messages: list[dict[str, Any]] = []  # or the prompt: a conversation, for the model's chat template
     chat_template_kwargs: dict[str, Any] = {}  # further variables of the template
+    wants_input_ids: bool = False  # of `Admitted`
 
 
 class Abort(Message):
@@ -173,6 +174,7 @@ class Admitted(Message):
 
     id: int
     num_input_tokens: int
+    input_ids: bytes = b""  # "<i4", if asked for
 
 
 class PromptLogprobs(Message):

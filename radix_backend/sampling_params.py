@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 from msgspec import Meta
 
 from radix_backend.errors import InvalidArgument
-from radix_backend.validation import convert, show
+from radix_backend.validation import Checked, convert, show
 
 MAX_STRINGS = 64  # of `stop`, of `bad_words`
 MAX_STRING_LENGTH = 1024  # characters
@@ -30,8 +30,10 @@ _STRINGS = ("stop", "bad_words")
 _STRUCTURES = ("stop_token_ids", "logit_bias")
 
 
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """How one request is sampled. `parse` checks every value; the gateway checks again what it receives.
+class SamplingParams(
+    msgspec.Struct, metaclass=Checked, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
+    """How one request is sampled, checked when it is built (see `parse`) and again by the gateway.
 
     The logits are first changed by ``logit_bias``, ``bad_words`` and ``min_tokens``, then by the penalties, then
     divided by the temperature. The tokens that may be drawn are those that survive ``min_p``, then ``top_k``, then
@@ -80,6 +82,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         Meta(description="keep the last so many tokens of the prompt; -1: as many as leave room for max_tokens"),
     ] = None
 
+    if TYPE_CHECKING:
+        max_new_tokens: int = 16  # a keyword of the constructor
+    else:
+        max_new_tokens = property(lambda self: self.max_tokens, doc="Another name of `max_tokens`.")
+
     def __post_init__(self) -> None:
         for name in _FINITE:
             value = getattr(self, name)
@@ -119,9 +126,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         renamed: dict[str, Any] = {}
         for name, value in values.items():
             target = _ALIASES.get(name, name)
-            if target in renamed:
-                raise InvalidArgument(f"sampling parameter {name!r} and its alias are both given")
-            renamed[target] = _structure(target, value)
+            value = _structure(target, value)
+            if target in renamed and renamed[target] != value:
+                aliases = " and ".join(repr(alias) for alias, of in _ALIASES.items() if of == target)
+                given = f"{show(renamed[target])} and {show(value)}"
+                raise InvalidArgument(
+                    f"sampling parameter {target!r} is {given} ({aliases} is the same); accepted: one value"
+                )
+            renamed[target] = value
         for name in _STRINGS + _STRUCTURES:  # JSON's null means what vLLM's None does: nothing
             if renamed.get(name, ()) is None:
                 del renamed[name]

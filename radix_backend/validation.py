@@ -23,6 +23,16 @@ def show(value: object) -> str:
     return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
 
 
+class Checked(msgspec.StructMeta):
+    """Of structs that a person constructs: ``C(a=1)`` is ``C.parse({"a": 1})``.
+
+    Decoding does not pass here: it checks by itself.
+    """
+
+    def __call__(cls: Any, **values: Any) -> Any:  # noqa: N805 (of a metaclass)
+        return cls.parse(values)
+
+
 def literal_choices(cls: type[msgspec.Struct], name: str) -> tuple[str, ...]:
     """The values that a ``Literal`` field accepts; empty for other fields."""
     kind = typing.get_type_hints(cls).get(name)

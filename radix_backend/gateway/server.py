@@ -226,7 +226,8 @@ class Gateway:
         except InvalidArgument as error:
             self._refuse(request, error)
             return
-        self._doors.send(request.door, Admitted(request.client_id, len(admit.input_ids) // 4))
+        shown = admit.input_ids if submit.wants_input_ids else b""
+        self._doors.send(request.door, Admitted(request.client_id, len(admit.input_ids) // 4, shown))
         row = request.replay(admit)
         receipt = None
         if row.finish == RUNNING:

@@ -336,8 +336,7 @@ class Connection(threading.Thread):
                 if isinstance(message, Update):
                     self._update(message)
                 elif isinstance(message, Admitted):
-                    index, count = message.id % MAX_N, message.num_input_tokens
-                    self._give(message.id, Delta(_NO_TOKENS, "", index=index, num_input_tokens=count))
+                    self._admitted(message)
                 elif isinstance(message, PromptLogprobs):
                     self._give(message.id, Delta(_NO_TOKENS, "", prompt_logprobs=message.tokens))
                 elif isinstance(message, Rejected):
@@ -380,6 +379,11 @@ class Connection(threading.Thread):
         except Exception:
             _log.exception("a sink failed; its request is aborted")
             self._withdraw([request])
+
+    def _admitted(self, message: Admitted) -> None:
+        index, count = message.id % MAX_N, message.num_input_tokens
+        input_ids = array(message.input_ids, "<i4") if message.input_ids else None
+        self._give(message.id, Delta(_NO_TOKENS, "", index=index, num_input_tokens=count, input_ids=input_ids))
 
     def _rejected(self, message: Rejected) -> None:
         for running in self._withdraw([message.id // MAX_N]):

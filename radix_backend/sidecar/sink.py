@@ -25,7 +25,8 @@ class Delta(msgspec.Struct, frozen=True):
     receipt: Receipt | None = None  # in the last one
     index: int = 0  # which of `SamplingParams.n` completions
     logprobs: list[list[Logprob]] = []  # if asked for: for each token itself, then the likeliest
-    num_input_tokens: int = 0  # in the first one of its completion, which has nothing else
+    num_input_tokens: int = 0  # in the first one of its completion, which has nothing else but
+    input_ids: npt.NDArray[np.int32] | None = None  # the prompt's tokens, if asked for
     prompt_logprobs: list[list[Logprob]] = []  # if asked for, before any token: the prompt's next, from the second on
 
     @property
