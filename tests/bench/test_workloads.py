@@ -25,8 +25,15 @@ def test_groups_of_prefix_share_exactly_their_prefix() -> None:
     assert len({tuple(prompt[:1501]) for prompt in prompts}) == 256
 
 
-def test_rate_asks_for_what_seed_asks_for_over_time() -> None:
-    assert lengths("rate@20:3") == lengths("seed:3")
+def test_rate_asks_for_lengths_like_seeds_over_time_and_for_no_prompt_twice() -> None:
+    turns = [session.turns[0] for session in workload("rate@20:3").sessions]
+    assert all(100 <= length <= 1024 for turn in turns for length in (len(turn.tokens), turn.num_outputs))
+    prompts = [
+        tuple(session.turns[0].tokens[:16])
+        for name in ("seed:0", "rate@20", "rate@21", "rate@20:1")
+        for session in workload(name).sessions
+    ]
+    assert len(set(prompts)) == len(prompts) == 4 * 256
     arrivals = [session.arrival for session in workload("rate@20:3").sessions]
     assert arrivals == sorted(arrivals)
     assert 256 / 20 / 2 < arrivals[-1] < 256 / 20 * 2
