@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from radix_backend.errors import InvalidArgument, Unsupported
+from radix_backend.errors import InvalidArgument
 from radix_backend.validation import Checked, convert, show
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
@@ -102,8 +102,25 @@ class EngineConfig(
     max_queue_size: Annotated[
         int, Meta(ge=1, description="most requests waiting to run; one more is refused as UNAVAILABLE")
     ] = 4096
-    tp_size: Annotated[int, Meta(ge=1, description="tensor parallel ranks")] = 1
-    pp_size: Annotated[int, Meta(ge=1, description="pipeline parallel stages")] = 1
+    tp_size: Annotated[int, Meta(ge=1, description="tensor parallel ranks: so many share the work on each layer")] = 1
+    pp_size: Annotated[
+        int, Meta(ge=1, description="pipeline parallel stages: each has a part of the layers, and tp_size ranks")
+    ] = 1
+    device_ids: Annotated[
+        tuple[Annotated[int, Meta(ge=0)], ...] | None,
+        Meta(description="GPUs of the ranks, stage by stage ('0,1' is understood); default: the first ones"),
+    ] = None
+    nccl_port: Annotated[
+        Annotated[int, Meta(ge=1, le=65535)] | None,
+        Meta(description="TCP port, on this host alone, where the ranks find each other; default: a free one"),
+    ] = None
+    all_reduce: Annotated[
+        Literal["auto", "nccl", "one-shot"],
+        Meta(
+            description="how tensor parallel GPUs add up small tensors; one-shot: each reads all others' memory in one "
+            "kernel; auto: one-shot where GPUs can; large tensors go through nccl"
+        ),
+    ] = "auto"
     profile: Annotated[
         bool, Meta(description="record a torch profile from the start on, as `radix-backend profile start` does later")
     ] = False
@@ -134,12 +151,9 @@ class EngineConfig(
         values = dict(values)
         if isinstance(size := values.get("kv_cache_memory"), str):
             values["kv_cache_memory"] = parse_size(size)
+        if isinstance(ids := values.get("device_ids"), str):
+            values["device_ids"] = [part.strip() for part in ids.split(",")]
         config = convert(cls, values, "setting")
-        for name in ("tp_size", "pp_size"):
-            if getattr(config, name) != 1:
-                raise Unsupported(
-                    f"setting {name!r} is {getattr(config, name)}; this version runs one rank: accepted: 1"
-                )
         return msgspec.structs.replace(config, model=_absolute_model(config.model))
 
     def on_device(self, device: Literal["cpu", "cuda"]) -> EngineConfig:
@@ -148,6 +162,23 @@ class EngineConfig(
         max_bs = self.max_bs or defaults["max_bs"]
         max_batched_tokens = self.max_batched_tokens or max(max_bs, defaults["max_batched_tokens"])
         return msgspec.structs.replace(self, device=device, max_bs=max_bs, max_batched_tokens=max_batched_tokens)
+
+    @property
+    def num_ranks(self) -> int:
+        return self.tp_size * self.pp_size
+
+    @property
+    def steps_in_flight(self) -> int:
+        """Most steps that are launched and not settled: one a stage and, with async scheduling, one more."""
+        return self.pp_size + (not self.disable_async_scheduling)
+
+    def __post_init__(self) -> None:
+        ids = self.device_ids
+        if ids is not None and not len(set(ids)) == len(ids) == self.num_ranks:
+            raise InvalidArgument(
+                f"setting 'device_ids' is {show(','.join(map(str, ids)))}; accepted: {self.num_ranks} different ids "
+                f"(tp_size {self.tp_size} x pp_size {self.pp_size})"
+            )
 
     @property
     def is_settled(self) -> bool:

@@ -78,6 +78,7 @@ class Reporter:
         self._report = Report(phase="starting")
         self._sent_at = 0.0
         self._phase_name, self._phase_since = "starting", time.monotonic()
+        self.progress_at = time.monotonic()
 
     def phase(self, name: str, fraction: float | None = None) -> None:
         """Work on the way to ready, such as "loading weights"; ``fraction`` of it is done. Counts as progress."""
@@ -93,9 +94,14 @@ class Reporter:
         """Starting again cannot help; ``message`` is for the user."""
         self._send("failed", message=message)
 
+    def last_words(self, message: str) -> None:
+        """The process is about to end; ``message`` says why."""
+        self._send(self._report.phase, message=message)
+
     def progress(self) -> None:
         """Something got done, or there is nothing to do. A fraction of a microsecond on most calls."""
-        if self._pipe is not None and time.monotonic() - self._sent_at >= _REPORT_INTERVAL:
+        self.progress_at = time.monotonic()
+        if self._pipe is not None and self.progress_at - self._sent_at >= _REPORT_INTERVAL:
             self._send(self._report.phase, self._report.fraction)
 
     def _time(self, phase: str) -> None:

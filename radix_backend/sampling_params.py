@@ -107,6 +107,11 @@ class SamplingParams(
             accepted = "1 or more, or -1"
             raise InvalidArgument(f"sampling parameter 'truncate_prompt_tokens' is 0; accepted: {accepted}")
 
+    @property
+    def filters(self) -> bool:
+        """Whether which tokens may be drawn depends on the probabilities of all."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
     def choice(self, index: int) -> SamplingParams:
         """What the engine is asked for the ``index``-th of `n` completions. Needs a seed."""
         if self.n == 1:

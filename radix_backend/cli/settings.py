@@ -51,6 +51,8 @@ def _dest(name: str) -> str:
 
 
 def _spell(value: object) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -60,4 +62,7 @@ def _metavar(kind: msgspec.inspect.Type) -> tuple[str, bool]:
         kind = next(member for member in kind.types if not isinstance(member, msgspec.inspect.NoneType))
     if isinstance(kind, msgspec.inspect.LiteralType):
         return "|".join(str(value) for value in kind.values), False
+    if isinstance(kind, msgspec.inspect.VarTupleType):
+        item, _ = _metavar(kind.item_type)
+        return f"{item},{item},…", False
     return _METAVARS[type(kind)], isinstance(kind, msgspec.inspect.BoolType)

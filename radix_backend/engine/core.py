@@ -59,10 +59,11 @@ class EngineCore:
             max_bs=config.max_bs,
             max_batched_tokens=config.max_batched_tokens,
             max_queue_size=config.max_queue_size,
+            pp_size=config.pp_size,
         )
         self.stats = Stats(self.scheduler)
         self._namespace = config.namespace
-        self._depth = 1 if config.disable_async_scheduling else 2  # steps in flight at most
+        self._depth = config.steps_in_flight
         self._worker = worker
         self._socket = socket
         self._reporter = reporter

@@ -28,12 +28,13 @@ class OfflineEngine:
 
     def __init__(self, config: EngineConfig, worker: Worker) -> None:
         self._worker = worker
-        self._depth = 1 if config.disable_async_scheduling else 2
+        self._depth = config.steps_in_flight
         self.scheduler = Scheduler(
             KVCache(worker.num_pages, config.page_size),
             max_bs=config.max_bs,
             max_batched_tokens=config.max_batched_tokens,
             max_queue_size=config.max_queue_size,
+            pp_size=config.pp_size,
         )
 
     def run(self, load: Load) -> Outcome:

@@ -100,6 +100,11 @@ class Request:
     def is_prefilling(self) -> bool:
         return self.num_computed < self.num_prefill
 
+    @property
+    def decodes(self) -> bool:
+        """Whether what it computes next, while it runs, is one token after the prompt."""
+        return not self.is_prefilling and self.remaining_tokens > 0
+
     def receipt(self, now: float) -> Receipt:
         started = self.started if self.started is not None else now
         first_token = self.first_token if self.first_token is not None else now

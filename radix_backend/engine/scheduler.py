@@ -3,6 +3,10 @@
 A step's token budget goes to running requests first (decodes, then prefill chunks), what is left admits waiting ones.
 `schedule` may be called while earlier steps are in flight: a token that is not known yet counts as a placeholder, and
 what ended requests gave up is not free before those steps have settled (see `KVCache`).
+
+With several pipeline stages that many steps run at once, each a **microbatch** of other requests: one that decodes in
+step *n* decodes again in step *n + pp_size* at the earliest, when its token is back at the first stage. Chunks of a
+prompt need no token and may follow each other. Step numbers skip what a pipeline without work skips.
 """
 
 from __future__ import annotations
@@ -92,6 +96,7 @@ class Scheduler:
         max_bs: int,
         max_batched_tokens: int,
         max_queue_size: int,
+        pp_size: int = 1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if max_batched_tokens < max_bs:
@@ -108,6 +113,7 @@ class Scheduler:
         self.outputs: list[Output] = []
         self._max_batched_tokens = max_batched_tokens
         self._max_queue_size = max_queue_size
+        self._pp_size = pp_size
         self._clock = clock
         self._slots = list(range(max_bs - 1, -1, -1))
         self._queue: list[tuple[float, int, Request]] = []  # heap by key; entries not WAITING any more are skipped
@@ -154,11 +160,13 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """The next step, or None when nothing can be computed now."""
-        rows = _Rows(self._step + 1)
+        rows = _Rows(max(self._step + 1, self.cache.settled_step + self._pp_size))
         order = sorted(self.running, key=lambda request: request.effective_key)
+        # An equal share for each microbatch: stages are idle where one has all the requests.
+        share = -(-sum(request.decodes for request in order) // self._pp_size)
         for request in order:
-            decodes = request.state is State.RUNNING and not request.is_prefilling and request.remaining_tokens > 0
-            if decodes and self._make_room(request, 1, rows):
+            due = request.state is State.RUNNING and request.decodes and self._is_due(request, rows.step)
+            if due and len(rows.decodes) < share and self._make_room(request, 1, rows):
                 rows.decodes[request] = None
         budget = self._max_batched_tokens - len(rows.decodes)
         for request in order:
@@ -199,6 +207,11 @@ class Scheduler:
                 self._end(request, LENGTH, token, logprobs)
             else:
                 self.outputs.append(Output(request.id, token, RUNNING, None, logprobs))
+
+    def _is_due(self, request: Request, step: int) -> bool:
+        """Whether its last token will be at the first stage."""
+        assert request.lease is not None
+        return request.lease.last_step + self._pp_size <= step
 
     # ── parts of a step ─────────────────────────────────────────────────────────────────────────────────────
 

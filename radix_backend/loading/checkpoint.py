@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from safetensors import SafetensorError, safe_open
 
@@ -14,10 +14,18 @@ _INDEX = "model.safetensors.index.json"
 _DTYPES = ("BF16", "F16", "F32")
 
 
+class Part(NamedTuple):
+    """Of a tensor, along one dimension."""
+
+    dim: int
+    range: range
+
+
 class Weights(Protocol):
     """Where a model gets its tensors by name."""
 
-    def get(self, name: str, *shape: int) -> Any: ...
+    def get(self, name: str, *shape: int, part: Part | None = None) -> Any:
+        """The tensor, of ``shape``, or a part of it."""
 
 
 class Checkpoint:
@@ -52,8 +60,10 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._files
 
-    def get(self, name: str, *shape: int) -> Any:
+    def get(self, name: str, *shape: int, part: Part | None = None) -> Any:
         """The torch tensor ``name``, in its stored dtype, over the mapped file: copy it before writing to it.
+
+        Of a ``part`` nothing else is read.
 
         Raises InvalidArgument when it is missing or not of ``shape``, Unsupported when it is not bf16, f16 or f32.
         """
@@ -65,4 +75,7 @@ class Checkpoint:
             raise InvalidArgument(f"tensor {name!r} in {self._dir} has shape {found}; accepted: {shape} (config.json)")
         if stored.get_dtype() not in _DTYPES:
             raise Unsupported(f"tensor {name!r} in {self._dir} is {stored.get_dtype()}; accepted: {', '.join(_DTYPES)}")
-        return self._files[name].get_tensor(name)
+        if part is None:
+            return self._files[name].get_tensor(name)
+        wanted = slice(part.range.start, part.range.stop)
+        return stored[(slice(None),) * part.dim + (wanted,)]

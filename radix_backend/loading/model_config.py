@@ -52,10 +52,13 @@ class ModelConfig:
     @property
     def num_parameters(self) -> int:
         """Weights without the (negligible) norms and biases."""
-        heads = (self.num_heads * 2 + self.num_kv_heads * 2) * self.head_dim
-        layer = self.hidden_size * (heads + 3 * self.intermediate_size)
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return self.num_layers * layer + embeddings
+        return self.num_layers * self.num_layer_parameters + embeddings
+
+    @property
+    def num_layer_parameters(self) -> int:
+        heads = (self.num_heads * 2 + self.num_kv_heads * 2) * self.head_dim
+        return self.hidden_size * (heads + 3 * self.intermediate_size)
 
 
 def read_model_config(model_dir: Path | str) -> ModelConfig:

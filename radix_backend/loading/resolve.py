@@ -15,6 +15,7 @@ from radix_backend.errors import InvalidArgument, NotFound, Unavailable, Unsuppo
 from radix_backend.loading.cache import build_once
 from radix_backend.loading.gguf_conversion import convert_gguf
 from radix_backend.loading.model_config import effective_context_len, read_model_config
+from radix_backend.loading.sharding import check_layout
 from radix_backend.validation import show
 
 if TYPE_CHECKING:
@@ -49,12 +50,14 @@ def resolve_model(config: EngineConfig, reporter: Reporter) -> Path:
         model_dir = _from_hub(model, reporter)
     else:
         raise NotFound(f"setting 'model' is {show(model)}, which does not exist; accepted: {_ACCEPTED}")
-    effective_context_len(config, read_model_config(model_dir))
-    _check_layout(model_dir, weights=config.load_format != "dummy")
+    shape = read_model_config(model_dir)
+    effective_context_len(config, shape)
+    check_layout(config, shape)
+    _check_files(model_dir, weights=config.load_format != "dummy")
     return model_dir
 
 
-def _check_layout(model_dir: Path, weights: bool) -> None:
+def _check_files(model_dir: Path, weights: bool) -> None:
     if not (model_dir / "tokenizer.json").is_file():
         raise NotFound(
             f"{model_dir} has no tokenizer.json; make one with transformers: "

@@ -1,4 +1,8 @@
-"""The dense decoder: Llama, Mistral, Qwen2 and Qwen3 are this model with different traits (see ModelConfig)."""
+"""The dense decoder: Llama, Mistral, Qwen2 and Qwen3 are this model with different traits (see ModelConfig).
+
+A rank has a `Shard` of it. Products with cut inputs (attention's output, the MLP's second) give each rank a part of the
+sum, which an all-reduce completes in the dtype of the products; the residual stream is whole on every rank.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,9 @@ from torch import Tensor
 from radix_backend.layers.linear import Linear
 from radix_backend.layers.ops import FewRows, Ops
 from radix_backend.layers.rope import cos_sin_table
-from radix_backend.loading.checkpoint import Weights
-from radix_backend.loading.model_config import ModelConfig
+from radix_backend.layers.tensor_parallel import ALONE, TensorParallel
+from radix_backend.loading.checkpoint import Part, Weights
+from radix_backend.loading.sharding import Shard
 
 Norms = tuple[Tensor, Tensor]  # of each head of q and of k, [head_dim]
 
@@ -29,6 +34,10 @@ class Hidden:
     residual: Tensor  # [tokens, hidden] f32
     delta: Tensor | None  # [tokens, hidden]
 
+    def sum(self) -> Tensor:
+        """What the next stage goes on with."""
+        return self.residual if self.delta is None else self.residual.add_(self.delta)
+
 
 @dataclass(frozen=True)
 class _Layer:
@@ -42,45 +51,48 @@ class _Layer:
 
 
 class Decoder:
-    """Weights and forward pass. Inference only: call it under ``torch.inference_mode``."""
+    """Weights and forward pass of a shard. Inference only: call it under ``torch.inference_mode``."""
 
     def __init__(
         self,
-        config: ModelConfig,
+        shard: Shard,
         checkpoint: Weights,
         dtype: torch.dtype,
         context_len: int,
         ops: Ops,
         progress: Callable[[float], None] = lambda fraction: None,
         device: torch.device | str = "cpu",
+        tp: TensorParallel = ALONE,
     ) -> None:
-        """Raises InvalidArgument or Unsupported when the checkpoint does not fit ``config``."""
-        self.config = config
+        """Raises InvalidArgument or Unsupported when the checkpoint does not fit the model's config."""
+        self.shard, self.config = shard, shard.part
+        config = self.config
+        self._tp = tp
         self._ops = ops
         query_size = config.num_heads * config.head_dim
         self._few_rows = ops.few_rows(max(config.hidden_size, config.intermediate_size, query_size))
-        weights = _Weights(config, checkpoint, dtype, device)
-        self._embedding = weights.get("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
+        weights = _Weights(shard, checkpoint, dtype, device)
+        if shard.is_first or (shard.is_last and config.tie_word_embeddings):
+            self._embedding = weights.vocabulary("model.embed_tokens.weight")
         self._layers = []
-        for index in range(config.num_layers):
+        for done, index in enumerate(shard.layers, start=1):
             self._layers.append(weights.layer(index))
-            progress((index + 1) / (config.num_layers + 1))
-        self._norm = weights.get("model.norm.weight", config.hidden_size)
-        head = self._embedding
-        if not config.tie_word_embeddings:
-            head = weights.get("lm_head.weight", config.vocab_size, config.hidden_size)
-        self._head = Linear(head)
+            progress(done / (config.num_layers + 1))
+        if shard.is_last:
+            self._norm = weights.get("model.norm.weight", config.hidden_size)
+            tied = config.tie_word_embeddings
+            self._head = Linear(self._embedding if tied else weights.vocabulary("lm_head.weight"))
         self.rope_table = cos_sin_table(config.rope, config.head_dim, context_len).to(device)
         progress(1.0)
 
-    def forward(self, token_ids: Tensor, attend: Attend, rows: Tensor | None = None) -> Hidden:
-        """``token_ids`` are [tokens] int32; ``attend`` writes a layer's KV and attends.
+    def forward(self, inputs: Tensor, attend: Attend, rows: Tensor | None = None) -> Hidden:
+        """``inputs``: on the first stage token ids [tokens] int32, on others the last one's `Hidden.sum`, which is
+        overwritten. ``attend`` writes a layer's KV and attends; layers are counted from this stage's first.
 
         Of the last layer only the KV of all tokens is needed: with ``rows`` [rows] the result is of these tokens.
         """
-        # The residual stream is f32: rounding it in bf16 would cost more accuracy than all products together.
-        residual = F.embedding(token_ids, self._embedding).float()
-        if self._few_rows is not None and len(token_ids) <= self._few_rows.max_rows:
+        residual = self._embed(inputs) if self.shard.is_first else inputs
+        if self._few_rows is not None and len(inputs) <= self._few_rows.max_rows:
             return self._forward_few(self._few_rows, residual, attend, rows)
         ops, eps, delta = self._ops, self.config.rms_norm_eps, None
         for index, layer in enumerate(self._layers):
@@ -89,30 +101,53 @@ class Decoder:
             attended = attend(index, heads, layer.qk_norm)
             if rows is not None and index == len(self._layers) - 1:
                 attended, residual = attended[rows], residual[rows]
-            delta = layer.output(attended)
+            delta = self._tp.all_reduce(layer.output(attended))
             x = ops.add_rms_norm(residual, delta, layer.mlp_norm, eps)
-            delta = layer.down(ops.silu_mul(layer.gate_up(x)))
+            delta = self._tp.all_reduce(layer.down(ops.silu_mul(layer.gate_up(x))))
         assert delta is not None
         return Hidden(residual, delta)
+
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        """[tokens, hidden] f32: rounding the residual stream in bf16 would cost more than all products together."""
+        if self._tp.size == 1:
+            return F.embedding(token_ids, self._embedding).float()
+        local = token_ids - self.shard.vocabulary.start
+        elsewhere = (local < 0) | (local >= len(self._embedding))
+        rows = F.embedding(local.masked_fill(elsewhere, 0), self._embedding)
+        return self._tp.all_reduce(rows.masked_fill_(elsewhere[:, None], 0)).float()
 
     def _forward_few(self, few: FewRows, residual: Tensor, attend: Attend, rows: Tensor | None) -> Hidden:
         eps = self.config.rms_norm_eps
         for index, layer in enumerate(self._layers):
             qkv = few.normed_product(residual, layer.input_norm, eps, layer.qkv)
             heads = qkv.view(len(qkv), -1, self.config.head_dim)
-            few.add_product(residual, attend(index, heads, layer.qk_norm), layer.output)
+            self._add_product(few, residual, attend(index, heads, layer.qk_norm), layer.output)
             inner = few.gated_product(residual, layer.mlp_norm, eps, layer.gate_up)
-            few.add_product(residual, inner, layer.down)
+            self._add_product(few, residual, inner, layer.down)
         return Hidden(residual if rows is None else residual[rows], None)
 
+    def _add_product(self, few: FewRows, residual: Tensor, x: Tensor, linear: Linear) -> None:
+        """A part of a sum cannot be added to the residual before it is complete."""
+        if self._tp.size == 1:
+            few.add_product(residual, x, linear)
+        else:
+            residual += self._tp.all_reduce(linear(x))
+
     def logits(self, hidden: Hidden, rows: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        """[rows, vocabulary] of the tokens that follow those whose indices are ``rows`` [rows]; None: all of them."""
+        """[rows, vocabulary] of the tokens that follow those whose indices are ``rows`` [rows]; None: all of them.
+
+        The vocabulary is the shard's: `whole_logits` has all of it.
+        """
         if rows is not None and not len(rows):
             return hidden.residual.new_empty(0, self.config.vocab_size)
         residual, delta = hidden.residual, hidden.delta
         if rows is not None:
             residual, delta = residual[rows], None if delta is None else delta[rows]
         return self._head(self._ops.add_rms_norm(residual, delta, self._norm, self.config.rms_norm_eps), out)
+
+    def whole_logits(self, hidden: Hidden, rows: Tensor) -> Tensor:
+        """`logits` over the whole vocabulary, on every rank of the last stage."""
+        return self._tp.gather_vocabulary(self.logits(hidden, rows), self.shard.model.vocab_size)
 
     def rotated(self, heads: Tensor, norms: Norms | None, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [tokens, heads, head_dim], views of ``heads``, normed and rotated."""
@@ -126,39 +161,59 @@ def _cat(parts: list[Tensor]) -> Tensor:
 
 
 class _Weights:
-    """A checkpoint's tensors in the compute dtype, fused as the layers want them."""
+    """The tensors of a shard in the compute dtype, fused as the layers want them."""
 
-    def __init__(
-        self, config: ModelConfig, checkpoint: Weights, dtype: torch.dtype, device: torch.device | str
-    ) -> None:
-        self._config, self._checkpoint, self._dtype, self._device = config, checkpoint, dtype, device
+    def __init__(self, shard: Shard, checkpoint: Weights, dtype: torch.dtype, device: torch.device | str) -> None:
+        self._shard, self._checkpoint, self._dtype, self._device = shard, checkpoint, dtype, device
 
-    def get(self, name: str, *shape: int) -> Tensor:
-        return self._checkpoint.get(name, *shape).to(device=self._device, dtype=self._dtype)
+    def get(self, name: str, *shape: int, part: Part | None = None) -> Tensor:
+        if part is not None and shape[part.dim] == len(part.range):
+            part = None
+        return self._checkpoint.get(name, *shape, part=part).to(device=self._device, dtype=self._dtype)
 
-    def _linear(self, prefix: str, outputs: dict[str, int], inputs: int, bias: bool) -> Linear:
-        """One product for several projections of the same input."""
-        weights = [self.get(f"{prefix}.{name}.weight", size, inputs) for name, size in outputs.items()]
-        biases = [self.get(f"{prefix}.{name}.bias", size) for name, size in outputs.items() if bias]
+    def vocabulary(self, name: str) -> Tensor:
+        model = self._shard.model
+        return self.get(name, model.vocab_size, model.hidden_size, part=Part(0, self._shard.vocabulary))
+
+    def _column(self, prefix: str, outputs: dict[str, tuple[int, range]], bias: bool) -> Linear:
+        """One product for several projections of the hidden state: of each so many outputs, of which a part is ours."""
+        hidden = self._shard.model.hidden_size
+        weights, biases = [], []
+        for name, (size, ours) in outputs.items():
+            weights.append(self.get(f"{prefix}.{name}.weight", size, hidden, part=Part(0, ours)))
+            if bias:
+                biases.append(self.get(f"{prefix}.{name}.bias", size, part=Part(0, ours)))
         return Linear(_cat(weights), _cat(biases) if bias else None)
 
+    def _row(self, name: str, size: int, ours: range, bias: bool) -> Linear:
+        """The product of our part of ``size`` inputs; the bias comes into the sum once."""
+        hidden = self._shard.model.hidden_size
+        weight = self.get(f"{name}.weight", hidden, size, part=Part(1, ours))
+        return Linear(weight, self.get(f"{name}.bias", hidden) if bias and self._shard.tp_rank == 0 else None)
+
     def layer(self, index: int) -> _Layer:
-        config, prefix = self._config, f"model.layers.{index}"
-        hidden, inner = config.hidden_size, config.intermediate_size
-        q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        shard, model, prefix = self._shard, self._shard.model, f"model.layers.{index}"
+        hidden, inner = model.hidden_size, (model.intermediate_size, shard.inner)
+        q = self._heads(model.num_heads, shard.heads)
+        kv = self._heads(model.num_kv_heads, shard.kv_heads)
         attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
         return _Layer(
             input_norm=self.get(f"{prefix}.input_layernorm.weight", hidden),
-            qkv=self._linear(attention, {"q_proj": q, "k_proj": kv, "v_proj": kv}, hidden, config.qkv_bias),
+            qkv=self._column(attention, {"q_proj": q, "k_proj": kv, "v_proj": kv}, model.qkv_bias),
             qk_norm=self._qk_norm(attention),
-            output=self._linear(attention, {"o_proj": hidden}, q, config.output_bias),
+            output=self._row(f"{attention}.o_proj", *q, model.output_bias),
             mlp_norm=self.get(f"{prefix}.post_attention_layernorm.weight", hidden),
-            gate_up=self._linear(mlp, {"gate_proj": inner, "up_proj": inner}, hidden, config.mlp_bias),
-            down=self._linear(mlp, {"down_proj": hidden}, inner, config.mlp_bias),
+            gate_up=self._column(mlp, {"gate_proj": inner, "up_proj": inner}, model.mlp_bias),
+            down=self._row(f"{mlp}.down_proj", *inner, model.mlp_bias),
         )
 
+    def _heads(self, count: int, ours: range) -> tuple[int, range]:
+        """Features of all heads, and which of them are ours."""
+        size = self._shard.model.head_dim
+        return count * size, range(ours.start * size, ours.stop * size)
+
     def _qk_norm(self, prefix: str) -> Norms | None:
-        if not self._config.qk_norm:
+        if not self._shard.model.qk_norm:
             return None
-        size = self._config.head_dim
+        size = self._shard.model.head_dim
         return self.get(f"{prefix}.q_norm.weight", size), self.get(f"{prefix}.k_norm.weight", size)

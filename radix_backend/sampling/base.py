@@ -22,6 +22,16 @@ class SamplingRows:
     min_p: npt.NDArray[np.float32]  # 0: no limit
     keys: U64  # noise.row_keys
 
+    @property
+    def filters(self) -> npt.NDArray[np.bool_]:
+        """[rows] whether which tokens survive depends on the whole vocabulary."""
+        return (self.temperature > 0) & ((self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0))
+
+    def take(self, rows: npt.NDArray[np.int64]) -> SamplingRows:
+        return SamplingRows(
+            self.temperature[rows], self.top_k[rows], self.top_p[rows], self.min_p[rows], self.keys[rows]
+        )
+
 
 class Sampler(Protocol):
     """Draws from softmax(logits / temperature) over the tokens that survive min_p, then top_k, then top_p.
@@ -31,5 +41,9 @@ class Sampler(Protocol):
     top_p what is not below the last token of the smallest set of the likeliest survivors that has that mass.
     """
 
-    def __call__(self, logits: Tensor, rows: SamplingRows) -> Tensor:
-        """``logits`` [rows, vocabulary] of f32 or bf16; the token ids [rows] int64. -inf excludes a token."""
+    def __call__(self, logits: Tensor, rows: SamplingRows, first: int = 0) -> tuple[Tensor, Tensor]:
+        """``logits`` [rows, vocabulary] of f32 or bf16, where -inf excludes a token; of the tokens from ``first`` on.
+
+        Returns token ids [rows] int64 and their scores [rows] f32: logits where the temperature is 0, elsewhere
+        logit / temperature plus noise. The winner among ranks is the token of the highest.
+        """

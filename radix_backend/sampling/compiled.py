@@ -37,14 +37,16 @@ class CompiledSampler:
         """Compiles, or loads from the cache."""
         self._kernel = _kernel(element(dtype))
 
-    def __call__(self, logits: Tensor, rows: SamplingRows) -> Tensor:
+    def __call__(self, logits: Tensor, rows: SamplingRows, first: int = 0) -> tuple[Tensor, Tensor]:
         tokens = torch.empty(len(logits), dtype=torch.int64)
+        scores = torch.empty(len(logits), dtype=torch.float32)
         with np.errstate(divide="ignore"):
             log_min_p = np.log(rows.min_p)
         columns = (rows.temperature, rows.top_k, rows.top_p, log_min_p, rows.keys)
         addresses = [column.__array_interface__["data"][0] for column in columns]
-        self._kernel(len(logits), logits.data_ptr(), logits.shape[1], *addresses, tokens.data_ptr())
-        return tokens
+        results = (tokens.data_ptr(), scores.data_ptr())
+        self._kernel(len(logits), logits.data_ptr(), logits.shape[1], *addresses, *results, first)
+        return tokens, scores
 
 
 @helper
@@ -101,36 +103,36 @@ def _argmax(logits):
 
 
 @helper
-def _draw_any(scaled, low, high):
-    """The argmax of ``scaled`` plus noise."""
+def _draw_any(scaled, low, high, first):
+    """The argmax of ``scaled`` plus noise, and that maximum; ``scaled`` is of the tokens from ``first`` on."""
     best, token = np.float32(-np.inf), 0
     for start in range(0, len(scaled), _BLOCK):
         some = scaled[start : start + _BLOCK]
         hopeful = np.int32(0)
         for i in range(len(some)):
-            hopeful += np.int32(some[i] + _bound(_hash32(low, high, start + i)) > best)
+            hopeful += np.int32(some[i] + _bound(_hash32(low, high, first + start + i)) > best)
         if hopeful:
             for i in range(len(some)):
-                hashed = _hash32(low, high, start + i)
+                hashed = _hash32(low, high, first + start + i)
                 if some[i] + _bound(hashed) > best:
                     score = np.float32(some[i] + _noise(hashed))
                     if score > best:
                         best, token = score, start + i
-    return token
+    return token, best
 
 
 @helper
-def _draw_above(scaled, threshold, low, high):
-    """The argmax of ``scaled`` plus noise over those that are at least ``threshold``."""
+def _draw_above(scaled, threshold, low, high, first):
+    """As `_draw_any`, over those that are at least ``threshold``."""
     best, token = np.float32(-np.inf), 0
     for i in range(len(scaled)):
         if scaled[i] >= threshold:
-            hashed = _hash32(low, high, i)
+            hashed = _hash32(low, high, first + i)
             if scaled[i] + _bound(hashed) > best:
                 score = np.float32(scaled[i] + _noise(hashed))
                 if score > best:
                     best, token = score, i
-    return token
+    return token, best
 
 
 @helper
@@ -201,7 +203,7 @@ def _threshold(scaled, highest, top_k, top_p, threshold, ordered, weights):
 
 def _kernel(like: np.generic) -> Kernel:
     def body(arguments):
-        a = carray(arguments, 10)
+        a = carray(arguments, 12)
         rows, vocabulary = a[1], a[3]
         logits = carray(pointer(a[2], like), (rows, vocabulary))
         temperatures = carray(pointer(a[4], FLOAT32), rows)
@@ -210,6 +212,8 @@ def _kernel(like: np.generic) -> Kernel:
         log_min_p = carray(pointer(a[7], FLOAT32), rows)
         keys = carray(pointer(a[8], np.uint64(0)), rows)
         tokens = carray(pointer(a[9], np.int64(0)), rows)
+        scores = carray(pointer(a[10], FLOAT32), rows)
+        first = a[11]
         scaled = np.empty(vocabulary, np.float32)
         ordered, weights = np.empty(vocabulary, np.int32), np.empty(vocabulary, np.float32)
         while True:
@@ -218,19 +222,22 @@ def _kernel(like: np.generic) -> Kernel:
                 break
             temperature = temperatures[row]
             if temperature == 0:
-                tokens[row] = _argmax(logits[row])
+                token = _argmax(logits[row])
+                tokens[row], scores[row] = first + token, load(logits[row, token])
                 continue
             for i in range(vocabulary):
                 scaled[i] = load(logits[row, i]) / temperature
             low, high = np.uint32(keys[row]), np.uint32(keys[row] >> np.uint64(32))
             limit = top_k[row] if top_k[row] < vocabulary else 0
             if limit == 0 and top_p[row] >= 1 and log_min_p[row] == -np.inf:
-                tokens[row] = _draw_any(scaled, low, high)
+                token, scores[row] = _draw_any(scaled, low, high, first)
+                tokens[row] = first + token
                 continue
             highest = scaled[_argmax(scaled)]
             threshold = np.float32(highest + log_min_p[row])
             if limit > 0 or top_p[row] < 1:
                 threshold = _threshold(scaled, highest, limit, top_p[row], threshold, ordered, weights)
-            tokens[row] = _draw_above(scaled, threshold, low, high)
+            token, scores[row] = _draw_above(scaled, threshold, low, high, first)
+            tokens[row] = first + token
 
     return Kernel(body)

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from radix_backend.layers.tensor_parallel import ALONE, TensorParallel
+
 _BLOCK = 2048  # tokens
 
 # Columns of a slot's sampling settings, int32; the f32 among them as their bits.
@@ -26,10 +28,14 @@ SETTINGS = 8
 class CudaSampler:
     """Samples for up to ``max_rows`` rows; runs in a CUDA graph."""
 
-    def __init__(self, max_rows: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(
+        self, max_rows: int, vocab_size: int, device: torch.device, first: int = 0, tp: TensorParallel = ALONE
+    ) -> None:
+        """With several ranks: the vocabulary is this one's, of the tokens from ``first`` on, and nothing filters."""
+        self._first, self._tp = first, tp
         self._blocks = triton.cdiv(vocab_size, _BLOCK)
         self._highest = torch.empty(max_rows, self._blocks, dtype=torch.float32, device=device)
-        self._thresholds = torch.empty(max_rows, dtype=torch.float32, device=device)
+        self._thresholds = torch.full((max_rows,), -torch.inf, dtype=torch.float32, device=device)
 
     def __call__(
         self, logits: Tensor, slots: Tensor, lengths: Tensor, settings: Tensor, token_ids: Tensor, out: Tensor
@@ -42,9 +48,12 @@ class CudaSampler:
         rows, vocab = logits.shape
         if not rows:
             return
-        _threshold[(rows,)](
-            logits, slots, settings, self._thresholds, vocab, SETTINGS=SETTINGS, BLOCK=4096, num_warps=16
-        )
+        alone = self._tp.size == 1
+        if alone:
+            _threshold[(rows,)](
+                logits, slots, settings, self._thresholds, vocab, SETTINGS=SETTINGS, BLOCK=4096, num_warps=16
+            )
+        candidates = torch.empty(2, rows, dtype=torch.int32, device=logits.device)  # scores' bits, tokens
         _score_blocks[(rows, self._blocks)](
             logits,
             slots,
@@ -54,6 +63,7 @@ class CudaSampler:
             self._highest,
             vocab,
             self._blocks,
+            self._first,
             SETTINGS=SETTINGS,
             BLOCK=_BLOCK,
             num_warps=4,
@@ -68,13 +78,21 @@ class CudaSampler:
             token_ids,
             token_ids.stride(0),
             out,
+            candidates,
             vocab,
             self._blocks,
+            self._first,
+            ALONE=alone,
             SETTINGS=SETTINGS,
             BLOCK=_BLOCK,
             BLOCKS_PAD=triton.next_power_of_2(self._blocks),
             num_warps=4,
         )
+        if not alone:
+            every = self._tp.all_gather(candidates)
+            _elect[(rows,)](
+                every, slots, lengths, token_ids, token_ids.stride(0), out, rows, RANKS=self._tp.size, num_warps=1
+            )
 
 
 @triton.jit
@@ -191,7 +209,7 @@ def _threshold(logits, slots, settings, thresholds, vocab, SETTINGS: tl.constexp
         tl.store(thresholds + row, threshold)
 
 
-@triton.jit(do_not_specialize_on_alignment=["slots"])
+@triton.jit(do_not_specialize=["first"], do_not_specialize_on_alignment=["slots"])
 def _score_blocks(
     logits,
     slots,
@@ -201,6 +219,7 @@ def _score_blocks(
     highest,
     vocab,
     blocks,
+    first,
     SETTINGS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -212,13 +231,13 @@ def _score_blocks(
         token = block * BLOCK + tl.arange(0, BLOCK)
         x = _scaled(logits + row.to(tl.int64) * vocab, token, token < vocab, temperature)
         if temperature > 0:
-            hashed = _hash32(_row_key(row_settings, tl.load(lengths + slot)), token)
+            hashed = _hash32(_row_key(row_settings, tl.load(lengths + slot)), first + token)
             x = tl.where(x >= tl.load(thresholds + row), x + _rough_noise(hashed), float("-inf"))
         tl.store(highest + row * blocks + block, tl.max(x, axis=0))
 
 
 # `out` starts anywhere in a step's tokens: one compilation for all alignments.
-@triton.jit(do_not_specialize_on_alignment=["out", "slots"])
+@triton.jit(do_not_specialize=["first"], do_not_specialize_on_alignment=["out", "slots"])
 def _select(
     logits,
     slots,
@@ -229,8 +248,11 @@ def _select(
     token_ids,
     token_ids_stride,
     out,
+    candidates,
     vocab,
     blocks,
+    first,
+    ALONE: tl.constexpr,
     SETTINGS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS_PAD: tl.constexpr,
@@ -256,11 +278,33 @@ def _select(
             token = block * BLOCK + tl.arange(0, BLOCK)
             x = _scaled(logits + row.to(tl.int64) * vocab, token, token < vocab, temperature)
             if temperature > 0:
-                x = tl.where(x >= threshold, x + _noise(_hash32(key, token)), float("-inf"))
+                x = tl.where(x >= threshold, x + _noise(_hash32(key, first + token)), float("-inf"))
             score = tl.max(x, axis=0)
             if score > best:
                 best = score
                 winner = tl.min(tl.where(x == score, token, 2147483647), axis=0)
             block = tl.min(tl.where(hopeful & (every > block), every, BLOCKS_PAD), axis=0)
+        if ALONE:
+            tl.store(out + row, winner)
+            tl.store(token_ids + slot.to(tl.int64) * token_ids_stride + position, winner)
+        else:
+            tl.store(candidates + row, best.to(tl.int32, bitcast=True))
+            tl.store(candidates + tl.num_programs(0) + row, first + winner)
+
+
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["out", "slots"])
+def _elect(candidates, slots, lengths, token_ids, token_ids_stride, out, rows, RANKS: tl.constexpr):
+    """``candidates`` [ranks, 2, rows]: what `_select` found on each rank. The highest score wins, the first of several,
+    which has the least token."""
+    row = tl.program_id(0)
+    slot = tl.load(slots + row)
+    if slot >= 0:
+        best = tl.load(candidates + row).to(tl.float32, bitcast=True)
+        winner = tl.load(candidates + rows + row)
+        for rank in tl.static_range(1, RANKS):
+            score = tl.load(candidates + 2 * rank * rows + row).to(tl.float32, bitcast=True)
+            if score > best:
+                best = score
+                winner = tl.load(candidates + (2 * rank + 1) * rows + row)
         tl.store(out + row, winner)
-        tl.store(token_ids + slot.to(tl.int64) * token_ids_stride + position, winner)
+        tl.store(token_ids + slot.to(tl.int64) * token_ids_stride + tl.load(lengths + slot), winner)

@@ -12,18 +12,19 @@ from radix_backend.sampling.base import SamplingRows
 from radix_backend.sampling.noise import gumbel, hash32
 
 
-def sample(logits: Tensor, rows: SamplingRows) -> Tensor:
+def sample(logits: Tensor, rows: SamplingRows, first: int = 0) -> tuple[Tensor, Tensor]:
     """See `Sampler`."""
-    tokens = logits.argmax(dim=-1)
+    scores, tokens = logits.float().max(dim=-1)
     for row in np.flatnonzero(rows.temperature > 0).tolist():
         # By a tensor: CUDA multiplies by the reciprocal of a number, which rounds twice.
         scaled = logits[row].float() / torch.tensor(rows.temperature[row], device=logits.device)
         keep = scaled >= _threshold(scaled, int(rows.top_k[row]), float(rows.top_p[row]), float(rows.min_p[row]))
         candidates = keep.nonzero()[:, 0]
-        noise = gumbel(hash32(rows.keys[row : row + 1], candidates.cpu().numpy()))[0]
+        noise = gumbel(hash32(rows.keys[row : row + 1], first + candidates.cpu().numpy()))[0]
         perturbed = scaled[candidates] + torch.from_numpy(noise).to(scaled.device)
-        tokens[row] = candidates[perturbed.argmax()]
-    return tokens
+        scores[row], winner = perturbed.max(dim=0)
+        tokens[row] = candidates[winner]
+    return tokens + first, scores
 
 
 def _threshold(scaled: Tensor, top_k: int, top_p: float, min_p: float) -> float:

@@ -73,6 +73,8 @@ def _accepted(kind: inspect.Type) -> str:
     if isinstance(kind, inspect.ListType):
         most = "" if kind.max_length is None else f" of at most {kind.max_length}"
         return f"list{most}: {_accepted(kind.item_type)}"
+    if isinstance(kind, inspect.VarTupleType):
+        return f"list: {_accepted(kind.item_type)}"
     if isinstance(kind, inspect.DictType):
         return f"object: {_accepted(kind.key_type)} → {_accepted(kind.value_type)}"
     return {inspect.StrType: "text", inspect.BoolType: "`true` or `false`"}[type(kind)]

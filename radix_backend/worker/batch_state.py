@@ -24,6 +24,7 @@ _NONE = -1  # no log probabilities wanted
 class StepInput:
     """One step, ready for the model."""
 
+    number: int
     token_ids: Tensor  # [tokens] int32
     positions: Tensor  # [tokens] int32
     attention: AttentionStep
@@ -54,11 +55,13 @@ class BatchState:
         self._rules: list[LogitsRules | None] = [None] * max_bs
         self._logprobs = np.full(max_bs, _NONE)
         self._prompt_scores = PromptScores(max_bs)
+        self._entered = np.full(max_bs, np.iinfo(np.int64).min)  # step with which the slot's request came
 
     def apply(self, plan: StepPlan) -> StepInput:
         """Take the plan's deltas and advance its rows."""
         for request in plan.new:
             self._enter(request)
+            self._entered[request.slot] = plan.step
         self.page_table[self._move(plan.page_slots), self._move(plan.page_index)] = self._move(plan.page_ids)
         return self._advance(plan)
 
@@ -90,6 +93,7 @@ class BatchState:
         slot_index, position_index = self._move(token_slots), self._move(positions)
         sample_slots = slots[plan.sample]
         return StepInput(
+            number=plan.step,
             token_ids=self.token_ids[slot_index, position_index],
             positions=position_index.int(),
             attention=AttentionStep(
@@ -111,25 +115,34 @@ class BatchState:
             keys=row_keys(self._seeds[slots], step.sample_positions),
         )
 
-    def logprob_counts(self, step: StepInput) -> list[int]:
+    def logprob_counts(self, step: StepInput) -> npt.NDArray[np.int64]:
         """[sampling rows] how many of the likeliest tokens to report beside the sampled one; negative: nothing."""
-        counts: list[int] = self._logprobs[step.sample_slots].tolist()
-        return counts
+        return self._logprobs[step.sample_slots]
 
-    def apply_rules(self, step: StepInput, logits: Tensor) -> Tensor:
-        """Apply each row's `LogitsRules`. Returns ``logits``, in f32 if bf16 would round what they change."""
-        ruled = [(row, slot, self._rules[slot]) for row, slot in enumerate(step.sample_slots.tolist())]
+    def ruled(self, step: StepInput) -> npt.NDArray[np.bool_]:
+        """[sampling rows] whether a row has `LogitsRules`."""
+        return np.array([self._rules[slot] is not None for slot in step.sample_slots.tolist()], np.bool_)
+
+    def apply_rules(self, step: StepInput, rows: npt.NDArray[np.int64], logits: Tensor) -> Tensor:
+        """Apply the `LogitsRules` of these sampling rows. Returns ``logits`` [rows, vocabulary], in f32 if bf16 would
+        round what they change."""
+        slots, positions = step.sample_slots[rows].tolist(), step.sample_positions[rows].tolist()
+        ruled = [(row, slot, self._rules[slot]) for row, slot in enumerate(slots)]
         active = [(row, slot, rules) for row, slot, rules in ruled if rules is not None]
         if any(rules.shifts for _, _, rules in active):
             logits = logits.float()
         for row, slot, rules in active:
-            rules.apply(logits[row], self.token_ids[slot, : step.sample_positions[row]], int(self._prompt_len[slot]))
+            rules.apply(logits[row], self.token_ids[slot, : positions[row]], int(self._prompt_len[slot]))
         return logits
 
     def append(self, step: StepInput, tokens: Tensor) -> None:
-        """Put the sampled ``tokens`` [sampling rows] where the next step reads them."""
-        slots, positions = self._move(step.sample_slots), self._move(step.sample_positions)
-        self.token_ids[slots, positions] = tokens.int()
+        """Put the sampled ``tokens`` [sampling rows] where the next step reads them.
+
+        They may come when later steps have been applied: a slot that has another request by then is left alone.
+        """
+        (same,) = np.nonzero(self._entered[step.sample_slots] <= step.number)
+        slots, positions = self._move(step.sample_slots[same]), self._move(step.sample_positions[same])
+        self.token_ids[slots, positions] = tokens[self._move(same)].int()
 
 
 def _sub_batches(

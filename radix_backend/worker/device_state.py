@@ -6,6 +6,7 @@ tokens each slot has, and whose sampling is special.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +42,7 @@ class Prefill:
 class DeviceStep:
     """A step as it was staged. Decode rows are `DeviceState.decode_slots`, padded with -1."""
 
+    number: int
     num_decode: int
     prefill: Prefill | None
     sample_slots: Ints  # of decode rows, then of chunks
@@ -84,11 +86,20 @@ class _DecodeRows:
 
 class DeviceState:
     def __init__(
-        self, max_bs: int, context_len: int, page_size: int, tile_tokens: int, tile_rows: int, device: torch.device
+        self,
+        max_bs: int,
+        context_len: int,
+        page_size: int,
+        tile_tokens: int,
+        tile_rows: int,
+        device: torch.device,
+        max_steps: int = 4,
+        has_all_logits: bool = True,
     ) -> None:
-        """``tile_tokens``: of the tiles that chunks are cut into for attention; ``tile_rows``: of those of decodes."""
+        """``tile_tokens``: of the tiles that chunks are cut into for attention; ``tile_rows``: of those of decodes.
+        ``max_steps``: in flight, and the one being staged. ``has_all_logits``: no other rank has a part of them."""
         self._page_size, self._tile_tokens, self._tile_rows = page_size, tile_tokens, tile_rows
-        self._staging = Staging(_STAGING_WORDS, device)
+        self._staging = Staging(_STAGING_WORDS, device, max_steps)
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(*shape, dtype=torch.int32, device=device)
@@ -112,15 +123,20 @@ class DeviceState:
         self._last_order: npt.NDArray[np.int64] | None = None
         self._num_computed = np.zeros(max_bs, np.int64)
         self._prompt_len = np.zeros(max_bs, np.int64)
-        self._special = SpecialState(max_bs, self._staging, device)
+        self._special = SpecialState(max_bs, self._staging, device, filters=not has_all_logits)
         self._prompt_scores = PromptScores(max_bs)
+        self._entered = np.full(max_bs, np.iinfo(np.int64).min)  # step with which the slot's request came
 
-    def stage(self, plan: StepPlan) -> DeviceStep:
-        """Queue the plan's deltas and what its rows need to know."""
+    def stage(self, plan: StepPlan, late: Sequence[tuple[DeviceStep, Tensor]] = ()) -> DeviceStep:
+        """Queue the plan's deltas and what its rows need to know.
+
+        ``late``: earlier steps with the tokens [sampling rows] int32 that another stage has sampled for them.
+        """
         self._staging.begin()
         new_slots = np.array([request.slot for request in plan.new], np.int32)
         for request in plan.new:
             self._enter(request)
+            self._entered[request.slot] = plan.step
         # A request's first row may read pages that this step fills, though it be a single token: it is a chunk.
         decodes = plan.sample & (plan.num_tokens == 1) & ~np.isin(plan.slots, new_slots)
         decode_rows, chunk_rows = np.flatnonzero(decodes), np.flatnonzero(~decodes)
@@ -132,7 +148,10 @@ class DeviceState:
         self._num_computed[plan.slots] += plan.num_tokens
         special = self._put_special(plan.slots[decode_rows])
         prefill = self._put_prefill(plan, chunk_rows, cached[chunk_rows].astype(np.int32)) if len(chunk_rows) else None
+        places = [self._put_places(earlier) for earlier, _ in late]
         self._staging.copy()
+        for (slots, positions, rows), (_, tokens) in zip(places, late, strict=True):
+            self.token_ids[slots, positions] = tokens[rows]
         if deltas is not None:
             apply_deltas(*deltas, self.token_ids, self.page_table, self.lengths, self.settings)
         for target, staged in rules:
@@ -140,6 +159,7 @@ class DeviceState:
         sampled = np.concatenate([decode_rows, chunk_rows[plan.sample[chunk_rows]]])
         sample_slots = plan.slots[sampled]
         return DeviceStep(
+            number=plan.step,
             num_decode=len(decode_rows),
             prefill=prefill,
             sample_slots=sample_slots,
@@ -219,6 +239,12 @@ class DeviceState:
             sample_slots=put(slots[sample]),
             special=self._put_special(slots[sample]),
         )
+
+    def _put_places(self, step: DeviceStep) -> Tensor:
+        """[3, rows]: where the step's tokens belong and which they are, but for slots that have other requests now."""
+        (rows,) = np.nonzero(self._entered[step.sample_slots] <= step.number)
+        places = (step.sample_slots[rows], step.sample_positions[rows], rows)
+        return self._staging.put(np.stack(places).astype(np.int32))
 
     def _put_special(self, slots: Ints) -> SpecialRows | None:
         """Of rows that sample a token for ``slots``; the step has advanced them."""

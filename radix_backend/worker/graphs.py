@@ -26,18 +26,19 @@ class DecodeGraphs:
         self,
         sizes: list[int],
         forward: Callable[[int], None],
-        sample: Callable[[int], None],
+        sample: Callable[[int], None] | None,
         progress: Callable[[float], None],
     ) -> None:
-        """Captures all sizes, the largest first: smaller ones then fit into its memory."""
+        """Captures all sizes, the largest first: smaller ones then fit into its memory. Not every rank samples."""
         self._sizes = sizes
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph]] = {}
+        self._graphs: dict[int, list[torch.cuda.CUDAGraph]] = {}
+        parts = [forward] if sample is None else [forward, sample]
         pool = torch.cuda.graph_pool_handle()
         for number, size in enumerate(reversed(sizes)):
-            forward(size)  # compiles and allocates what must not be captured
-            sample(size)
+            for part in parts:
+                part(size)  # compiles and allocates what must not be captured
             torch.cuda.synchronize()
-            self._graphs[size] = (_capture(forward, size, pool), _capture(sample, size, pool))
+            self._graphs[size] = [_capture(part, size, pool) for part in parts]
             for graph in self._graphs[size]:
                 graph.replay()  # the first launch takes memory on the device, and may wait for it to be idle
             progress((number + 1) / len(sizes))
@@ -56,6 +57,7 @@ class DecodeGraphs:
 
 def _capture(function: Callable[[int], None], size: int, pool: object) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    # Other threads may do as they like meanwhile: NCCL's watchdog looks at its events.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         function(size)
     return graph

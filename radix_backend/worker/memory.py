@@ -55,9 +55,12 @@ def plan_pages_on_device(
 
 
 def plan_pages(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, context_len: int) -> int:
-    """Pages of the KV pool. Raises InvalidArgument or Unavailable when not even one request fits."""
+    """Pages of the KV pool, where all ranks share this machine's memory.
+
+    Raises InvalidArgument or Unavailable when not even one request fits.
+    """
     size = page_bytes(model, config.page_size, dtype)
-    available, weights = available_memory(), model.num_parameters * dtype.itemsize
+    available, weights = available_memory() // config.num_ranks, model.num_parameters * dtype.itemsize
     share = int(config.gpu_memory_utilization * available) - weights
     why = (
         f"gpu_memory_utilization {config.gpu_memory_utilization} of {available / 2**30:.1f} GiB available, less weights"

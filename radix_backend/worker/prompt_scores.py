@@ -70,6 +70,6 @@ def score_prompt(model: Decoder, hidden: Hidden, span: ScoredSpan, progress: Cal
         progress()
         tokens = span.tokens[start : start + _ROWS]
         rows = torch.arange(tokens.start, tokens.stop, device=span.successors.device)
-        logprobs = torch.log_softmax(model.logits(hidden, rows).float(), dim=-1)
+        logprobs = torch.log_softmax(model.whole_logits(hidden, rows).float(), dim=-1)
         scores.append(score_tokens(logprobs, span.successors[start : start + _ROWS], span.count))
     return torch.cat(scores)

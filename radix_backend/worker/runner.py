@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.profiler import record_function
 
@@ -18,21 +19,22 @@ from radix_backend.attention.kv_pool import KVPool
 from radix_backend.attention.torch_native import TorchNative, compile_decode
 from radix_backend.config import EngineConfig
 from radix_backend.layers.ops import TorchOps, cpu_ops
-from radix_backend.loading import ModelConfig, effective_context_len, read_model_config
+from radix_backend.loading import Shard, effective_context_len, read_model_config
 from radix_backend.loading.checkpoint import Checkpoint
 from radix_backend.loading.dummy import DummyWeights
 from radix_backend.models.decoder import Decoder, Norms
 from radix_backend.process import Reporter
 from radix_backend.protocol import TokenLogprobs
-from radix_backend.sampling import cpu_sampler, torch_native
+from radix_backend.sampling import SamplingRows, cpu_sampler, torch_native
 from radix_backend.sampling.logprobs import score_tokens, token_logprobs
 from radix_backend.sampling_params import SamplingParams
 from radix_backend.worker.batch_state import BatchState, StepInput
 from radix_backend.worker.host import available_cpus
-from radix_backend.worker.interface import Ints, NewRequest, StepPlan, StepResult
+from radix_backend.worker.interface import NewRequest, StepPlan, StepResult
 from radix_backend.worker.memory import measure_on_device, plan_pages, plan_pages_on_device
 from radix_backend.worker.precision import compute_dtype
 from radix_backend.worker.prompt_scores import score_prompt
+from radix_backend.worker.ranks import NO_OTHERS, Ranks, use_device
 
 log = logging.getLogger(__name__)
 
@@ -42,14 +44,21 @@ _SWITCH_INTERVAL = 50e-6  # seconds
 
 
 class Runner:
-    """`Worker` with the model in this process. Steps run in one thread, in the order they were launched.
+    """`Worker` with a shard of the model in this process. Steps run in one thread, in the order they were launched.
+    Only ranks of the last stage have results.
 
     That thread also loads the model: every thread that enters a parallel region gets an OpenMP team of its own, and
     with more threads than cores libgomp stops spinning between regions, which doubles the time of a decode step.
     """
 
     def __init__(
-        self, config: EngineConfig, model_dir: Path, reporter: Reporter, device: str = "cpu", plain: bool = False
+        self,
+        config: EngineConfig,
+        model_dir: Path,
+        reporter: Reporter,
+        ranks: Ranks = NO_OTHERS,
+        device: str = "cpu",
+        plain: bool = False,
     ) -> None:
         """Loads the model and computes one small step. Raises what the checkpoint, settings or memory do not allow.
 
@@ -59,14 +68,15 @@ class Runner:
         model = read_model_config(model_dir)
         context_len = effective_context_len(config, model)
         self._dtype, self._device, self._plain = compute_dtype(config), device, plain or device != "cpu"
+        self._ranks, self._shard = ranks, Shard.of(config, model, ranks.rank)
         self._reporter = reporter
         self._plans: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[StepResult | BaseException] = queue.SimpleQueue()
         self._failure: BaseException | None = None
-        load = functools.partial(self._load, config, model, model_dir, context_len)
+        load = functools.partial(self._load, config, model_dir, context_len)
         self._thread = threading.Thread(target=self._serve, args=(load,), name="worker", daemon=True)
         self._thread.start()
-        self._warm_up(config.page_size)
+        self._warm_up(config)
 
     def launch(self, plan: StepPlan) -> None:
         self._raise_failure()
@@ -99,12 +109,13 @@ class Runner:
             # What the batch state holds now is anybody's guess: nothing more is executed.
             self._results.put(error)
 
-    def _load(self, config: EngineConfig, model: ModelConfig, model_dir: Path, context_len: int) -> None:
-        torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
-        dtype, device = self._dtype, self._device
+    def _load(self, config: EngineConfig, model_dir: Path, context_len: int) -> None:
+        torch.set_num_threads(min(torch.get_num_threads(), max(available_cpus() // config.num_ranks, 1)))
+        dtype, device, part = self._dtype, self._device, self._shard.part
+        use_device(config, self._ranks.rank)  # which is each thread's own affair
         free = 0 if device == "cpu" else torch.cuda.mem_get_info()[0]
         if device == "cpu":
-            self.num_pages = plan_pages(config, model, dtype, context_len)
+            self.num_pages = self._ranks.least(plan_pages(config, part, dtype, context_len))
 
         def progress(fraction: float) -> None:
             self._reporter.phase("loading weights", fraction)
@@ -112,7 +123,8 @@ class Runner:
         dummy = config.load_format == "dummy"
         weights = DummyWeights(dtype, device) if dummy else Checkpoint(model_dir)
         ops = TorchOps() if self._plain else cpu_ops(dtype)
-        self._model = Decoder(model, weights, dtype, context_len, ops, progress, device)
+        tp = self._ranks.tp
+        self._model = Decoder(self._shard, weights, dtype, context_len, ops, progress, device, tp)
         self._reporter.phase("compiling")  # a moment where the cache of kernels is warm
         self._state = BatchState(config.max_bs, context_len, config.page_size, device)
         # Logits that a request's rules have shifted are f32.
@@ -120,15 +132,16 @@ class Runner:
             kind: torch_native.sample if self._plain else cpu_sampler(kind) for kind in {dtype, torch.float32}
         }
         if device != "cpu":
-            self._attach(model, 1, config.page_size)
+            self._attach(1, config.page_size)
             budget = measure_on_device(free, functools.partial(self._largest_step, config, context_len))
-            self.num_pages = plan_pages_on_device(config, model, dtype, context_len, budget)
-        self._attach(model, self.num_pages, config.page_size)
+            self.num_pages = self._ranks.least(plan_pages_on_device(config, part, dtype, context_len, budget))
+        self._attach(self.num_pages, config.page_size)
         self._reporter.phase("warming up")
 
-    def _attach(self, model: ModelConfig, num_pages: int, page_size: int) -> None:
-        pool = KVPool(model, num_pages, page_size, self._dtype, self._device)
-        self._attention = TorchNative(pool, None if self._plain else compile_decode(pool, model.num_heads))
+    def _attach(self, num_pages: int, page_size: int) -> None:
+        part = self._shard.part
+        pool = KVPool(part, num_pages, page_size, self._dtype, self._device)
+        self._attention = TorchNative(pool, None if self._plain else compile_decode(pool, part.num_heads))
 
     def _largest_step(self, config: EngineConfig, context_len: int) -> None:
         """The end of the longest prompt, in a pool whose only page is all of its pages, and logits of all rows."""
@@ -137,11 +150,16 @@ class Runner:
             0, np.zeros(context_len, np.int32), context_len, context_len - num_tokens, SamplingParams()
         )
         slot, every = np.zeros(1, np.int32), np.ones(1, np.bool_)
-        self._execute(StepPlan(0, [request], slots=slot, num_tokens=slot + num_tokens, sample=every))
+        number = -2 * config.pp_size  # before the steps that warm up
+        self._execute(StepPlan(number, [request], slots=slot, num_tokens=slot + num_tokens, sample=every))
         logits = torch.zeros(config.max_bs, self._model.config.vocab_size, dtype=self._dtype, device=self._device)
         torch.log_softmax(logits.float(), dim=-1)
 
     def _execute(self, plan: StepPlan) -> StepResult:
+        pipeline, shard = self._ranks.pipeline, self._shard
+        if pipeline is not None and shard.is_first:
+            for earlier, sampled in pipeline.due_tokens(plan.step, self._device):
+                self._state.append(earlier, sampled)
         step = self._state.apply(plan)
         attention = self._attention.plan(step.attention)
 
@@ -149,42 +167,75 @@ class Runner:
             self._reporter.progress()  # a step of a large model takes seconds
             return self._attention.attend(attention, layer, *self._model.rotated(heads, norms, step.positions))
 
+        inputs = step.token_ids
+        if pipeline is not None and not shard.is_first:
+            inputs = pipeline.receive_hidden(torch.empty(len(inputs), shard.model.hidden_size, device=self._device))
         with record_function("forward"):
-            hidden = self._model.forward(step.token_ids, attend)
-            logits = self._model.logits(hidden, step.sampled)
+            hidden = self._model.forward(inputs, attend)
+        if pipeline is not None and not shard.is_last:
+            pipeline.send_hidden(hidden.sum())
+            if shard.is_first:
+                pipeline.expect_tokens(plan.step, step)
+            return StepResult(plan.step, np.empty(0, np.int32))
         with record_function("sample"):
-            tokens, logprobs = self._sample(step, logits)
+            tokens, logprobs = self._sample(step, self._model.logits(hidden, step.sampled))
+        self._state.append(step, tokens)
+        if pipeline is not None:
+            pipeline.send_tokens(tokens)
         prompt_logprobs = []
         for span in step.scored:
             scores = score_prompt(self._model, hidden, span, self._reporter.progress)
             prompt_logprobs.append(token_logprobs(scores.cpu(), [span.count] * len(scores)))
-        return StepResult(plan.step, tokens, logprobs, prompt_logprobs)
+        return StepResult(plan.step, tokens.cpu().numpy().astype(np.int32), logprobs, prompt_logprobs)
 
-    def _sample(self, step: StepInput, logits: torch.Tensor) -> tuple[Ints, list[TokenLogprobs | None]]:
-        if not len(step.sampled):
-            return np.empty(0, np.int32), []
-        counts = self._state.logprob_counts(step)
-        reported = [row for row, count in enumerate(counts) if count >= 0]
-        logprobs = torch.log_softmax(logits[reported].float(), dim=-1) if reported else None
-        logits = self._state.apply_rules(step, logits)
-        tokens = self._samplers[logits.dtype](logits, self._state.sampling_rows(step))
-        self._state.append(step, tokens)
-        sampled: Ints = tokens.cpu().numpy().astype(np.int32)
+    def _sample(self, step: StepInput, logits: torch.Tensor) -> tuple[torch.Tensor, list[TokenLogprobs | None]]:
+        """Of rows without filters, rules and log probabilities ranks exchange candidates, of others their logits."""
+        tp, settings = self._ranks.tp, self._state.sampling_rows(step)
+        whole = self._state.ruled(step) | (self._state.logprob_counts(step) >= 0) | settings.filters
+        if tp.size == 1 or whole.all():
+            everything = tp.gather_vocabulary(logits, self._shard.model.vocab_size)
+            return self._sample_whole(step, np.arange(len(logits)), everything, settings)
+        tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+        rows = np.flatnonzero(~whole)
+        index = torch.from_numpy(rows).to(logits.device)
+        first = self._shard.vocabulary.start
+        tokens[index] = tp.elect(*self._samplers[logits.dtype](logits[index], settings.take(rows), first))
+        if not whole.any():
+            return tokens, []
+        rows = np.flatnonzero(whole)
+        index = torch.from_numpy(rows).to(logits.device)
+        everything = tp.gather_vocabulary(logits[index], self._shard.model.vocab_size)
+        tokens[index], logprobs = self._sample_whole(step, rows, everything, settings.take(rows))
+        return tokens, logprobs
+
+    def _sample_whole(
+        self, step: StepInput, rows: npt.NDArray[np.int64], logits: torch.Tensor, settings: SamplingRows
+    ) -> tuple[torch.Tensor, list[TokenLogprobs | None]]:
+        """The tokens of these ``rows`` of the step, and the log probabilities of all its rows, if any has some.
+
+        ``logits`` [rows, vocabulary] and ``settings`` are of these rows.
+        """
+        counts = self._state.logprob_counts(step)[rows]
+        reported = np.flatnonzero(counts >= 0)
+        logprobs = torch.log_softmax(logits[reported.tolist()].float(), dim=-1) if len(reported) else None
+        logits = self._state.apply_rules(step, rows, logits)
+        tokens, _ = self._samplers[logits.dtype](logits, settings)
         if logprobs is None:
-            return sampled, []
-        theirs = [counts[row] for row in reported]
-        scores = score_tokens(logprobs, tokens[reported], max(theirs))
-        by_row = dict(zip(reported, token_logprobs(scores.cpu(), theirs), strict=True))
-        return sampled, [by_row.get(row) for row in range(len(counts))]
+            return tokens, []
+        theirs = counts[reported].tolist()
+        scores = score_tokens(logprobs, tokens[reported.tolist()], max(theirs))
+        by_row = dict(zip(rows[reported].tolist(), token_logprobs(scores.cpu(), theirs), strict=True))
+        return tokens, [by_row.get(row) for row in range(len(step.sample_slots))]
 
-    def _warm_up(self, page_size: int) -> None:
+    def _warm_up(self, config: EngineConfig) -> None:
         """Allocate what the first steps would otherwise wait for. The page written to is still free."""
         params = SamplingParams(top_k=2, top_p=0.5, min_p=0.1, seed=0)
         first = NewRequest(0, np.zeros(1, np.int32), 1, 0, params)
         slot, one, every = np.zeros(1, np.int32), np.ones(1, np.int32), np.ones(1, np.bool_)
-        index = np.arange(-(-2 // page_size), dtype=np.int32)
+        index = np.arange(-(-2 // config.page_size), dtype=np.int32)
         pages = np.zeros_like(index)
-        self.launch(StepPlan(0, [first], pages, index, pages, slots=slot, num_tokens=one, sample=every))
+        earlier = -config.pp_size  # the second step needs the token of the first
+        self.launch(StepPlan(earlier, [first], pages, index, pages, slots=slot, num_tokens=one, sample=every))
         self.launch(StepPlan(0, slots=slot, num_tokens=one, sample=every, num_decode=1))
         self.settle()
         self.settle()

@@ -1,4 +1,5 @@
-"""Rows that take more between logits and token than sampling settings say: rules, or log probabilities.
+"""Rows that take more between logits and token than sampling settings say: rules, or log probabilities; and, where each
+rank has a part of the logits, filters, which need all of them.
 
 What a request wants is known when it enters; each step says which of its rows are concerned, in its staged block.
 """
@@ -34,18 +35,22 @@ class SpecialRows:
 class SpecialState:
     """The wishes of each slot's request."""
 
-    def __init__(self, max_bs: int, staging: Staging, device: torch.device) -> None:
+    def __init__(self, max_bs: int, staging: Staging, device: torch.device, filters: bool) -> None:
+        """``filters``: whether they make a row special."""
         self._staging, self._device = staging, device
         self._rules: list[Tensor | None] = [None] * max_bs
         self._addresses = np.zeros(max_bs, np.int64)
         self._ruled_until = np.zeros(max_bs, np.int64)  # outputs: then there are no rules any more
         self._counts = np.full(max_bs, _NONE)
+        self._filters = filters
+        self._filtered = np.zeros(max_bs, np.bool_)
         self._entering: list[tuple[Tensor, Ints]] = []
 
     def enter(self, request: NewRequest) -> None:
         slot, params = request.slot, request.params
         self._counts[slot] = _NONE if params.logprobs is None else params.logprobs
         self._ruled_until[slot] = 0
+        self._filtered[slot] = self._filters and params.filters
         rules = logits_rules(params, request.stop_token_ids, request.bad_words)
         if rules is not None:
             words = pack_rules(rules, request.prompt_len)
@@ -64,10 +69,11 @@ class SpecialState:
         """Stage which of the rows that sample for ``slots`` [rows], after so many outputs, are special, if any."""
         ruled = num_outputs < self._ruled_until[slots]
         scored = self._counts[slots] != _NONE
-        if not (ruled | scored).any():
+        other = (ruled | self._filtered[slots]) & ~scored
+        if not (scored | other).any():
             return None
         first = np.flatnonzero(scored).astype(np.int32)
-        rows = np.concatenate([first, np.flatnonzero(ruled & ~scored).astype(np.int32)])
+        rows = np.concatenate([first, np.flatnonzero(other).astype(np.int32)])
         addresses = np.where(ruled[rows], self._addresses[slots[rows]], 0)
         return SpecialRows(
             rows=self._staging.put(rows),

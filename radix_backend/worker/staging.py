@@ -7,8 +7,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-_BLOCKS = 4  # steps in flight at most, and the one being written
-
 
 class Staging:
     """Collects a step's int32 arrays in pinned memory and copies them to the device at once.
@@ -16,19 +14,20 @@ class Staging:
     There is one block on the device: the copies of two steps are ordered by the stream, like all that reads them.
     """
 
-    def __init__(self, words: int, device: torch.device) -> None:
-        """``words``: room for this many int32; arrays that find no room are copied on their own."""
+    def __init__(self, words: int, device: torch.device, blocks: int) -> None:
+        """``words``: room for this many int32; arrays that find no room are copied on their own. ``blocks``: steps in
+        flight at most, and the one being written."""
         self._cuda = device.type == "cuda"
-        self._blocks = [torch.zeros(words, dtype=torch.int32, pin_memory=self._cuda) for _ in range(_BLOCKS)]
-        self._copied = [torch.cuda.Event() for _ in range(_BLOCKS)] if self._cuda else []
+        self._blocks = [torch.zeros(words, dtype=torch.int32, pin_memory=self._cuda) for _ in range(blocks)]
+        self._copied = [torch.cuda.Event() for _ in range(blocks)] if self._cuda else []
         self._device_block = torch.zeros(words, dtype=torch.int32, device=device)
         self._current = 0
         self._host = self._blocks[0].numpy()
         self._used = 0
 
     def begin(self) -> None:
-        """Start a step's block. Waits only if the device is `_BLOCKS` steps behind."""
-        self._current = (self._current + 1) % _BLOCKS
+        """Start a step's block. Waits only if the device is as many steps behind as there are blocks."""
+        self._current = (self._current + 1) % len(self._blocks)
         if self._cuda:
             self._copied[self._current].synchronize()
         self._host = self._blocks[self._current].numpy()

@@ -178,7 +178,8 @@ def test_taken_port_is_told_at_once(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--max-bs", "0"], "setting 'max_bs' is '0'; accepted: int >= 1"),
-        (["--tp-size", "2"], "setting 'tp_size' is 2"),
+        (["--tp-size", "0"], "setting 'tp_size' is '0'; accepted: int >= 1"),
+        (["--tp-size", "2", "--device-ids", "0"], "setting 'device_ids' is '0'; accepted: 2 different ids"),
         (["--model-repository", "/nowhere"], "no model 'radix' in /nowhere"),
         (["--http-port", "70000"], "--http-port is 70000; accepted: 1 to 65535"),
         (["--http-port", "9001", "--grpc-port", "9001"], "must differ"),

@@ -25,8 +25,11 @@ VALUES: dict[str, Any] = {
     "gpu_memory_utilization": 0.25,
     "kv_cache_memory": 2**31,
     "max_queue_size": 5,
-    "tp_size": 1,
+    "tp_size": 2,
     "pp_size": 1,
+    "device_ids": (3, 1),
+    "nccl_port": 29500,
+    "all_reduce": "nccl",
     "disable_async_scheduling": True,
     "namespace": "a b",
     "log_level": "debug",
@@ -44,7 +47,8 @@ def given(*arguments: str) -> dict[str, str]:
 
 def test_every_setting_is_a_flag() -> None:
     assert set(VALUES) == set(EngineConfig.__struct_fields__)
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in VALUES.items()]
+    spelled = VALUES | {"device_ids": "3,1"}
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in spelled.items()]
     assert EngineConfig.parse(given(*flags)) == EngineConfig(**VALUES)
 
 

@@ -129,6 +129,7 @@ class SimEngine:
         budget: int = 32,
         queue: int = 1000,
         worker: Worker | None = None,
+        pp_size: int = 1,
     ) -> None:
         self.worker = worker or SimWorker(num_pages, page_size, max_bs)
         self.now = 0.0
@@ -137,6 +138,7 @@ class SimEngine:
             max_bs=max_bs,
             max_batched_tokens=budget,
             max_queue_size=queue,
+            pp_size=pp_size,
             clock=lambda: self.now,
         )
         self.outputs: dict[int, list[int]] = {}

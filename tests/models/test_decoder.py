@@ -7,6 +7,7 @@ from radix_backend.layers.compiled_ops import CompiledOps
 from radix_backend.layers.ops import TorchOps
 from radix_backend.loading import read_model_config
 from radix_backend.loading.checkpoint import Checkpoint
+from radix_backend.loading.sharding import Shard
 from radix_backend.models.decoder import Decoder
 from tests.models.tiny import KINDS, VOCAB, load_reference, save_tiny
 
@@ -22,7 +23,7 @@ def logits(directory, token_ids, dtype=torch.float32, sampled=None, ops=None):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(0, 1).flatten(1)
 
     with torch.inference_mode():
-        model = Decoder(config, Checkpoint(directory), dtype, context_len=256, ops=ops or TorchOps())
+        model = Decoder(Shard(config), Checkpoint(directory), dtype, context_len=256, ops=ops or TorchOps())
         sampled = torch.arange(len(token_ids)) if sampled is None else sampled
         positions = torch.arange(len(token_ids), dtype=torch.int32)
         return model.logits(model.forward(torch.tensor(token_ids), attend), sampled)

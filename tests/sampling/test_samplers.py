@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -77,7 +78,7 @@ def test_draws_equal_the_definition(sample, shape):
         int(row.argmax()) if setting.get("temperature") == 0 else plain_draw(row, setting, key)
         for row, setting, key in zip(logits, SETTINGS * 3, chosen.keys, strict=True)
     ]
-    assert sample(logits, chosen).tolist() == expected
+    assert sample(logits, chosen)[0].tolist() == expected
 
 
 @samplers
@@ -96,7 +97,7 @@ def test_draws_equal_the_definition(sample, shape):
 def test_frequencies_follow_the_softmax(sample, setting, survivors):
     draws = 20_000
     logits = torch.linspace(-1.5, 2.0, 12)[torch.randperm(12, generator=torch.Generator().manual_seed(1))]
-    tokens = sample(logits.repeat(draws, 1), rows([setting] * draws, np.full(draws, 99), np.arange(draws)))
+    tokens, _ = sample(logits.repeat(draws, 1), rows([setting] * draws, np.full(draws, 99), np.arange(draws)))
     counts = np.bincount(tokens.numpy(), minlength=12)
     probabilities = (logits / setting.get("temperature", 1.0)).double().softmax(0).numpy()
     if "min_p" in setting:
@@ -122,12 +123,12 @@ def test_a_row_is_drawn_alike_in_any_batch(sample):
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(len(SETTINGS), VOCAB, generator=generator) * 2
     seeds, positions = np.arange(len(SETTINGS)) * 7 + 2**40, np.arange(len(SETTINGS)) * 3
-    together = sample(logits, rows(SETTINGS, seeds, positions)).tolist()
+    together = sample(logits, rows(SETTINGS, seeds, positions))[0].tolist()
     alone = [
-        int(sample(logits[i : i + 1], rows([SETTINGS[i]], seeds[i : i + 1], positions[i : i + 1])))
+        int(sample(logits[i : i + 1], rows([SETTINGS[i]], seeds[i : i + 1], positions[i : i + 1]))[0])
         for i in range(len(SETTINGS))
     ]
-    backwards = sample(logits.flip(0), rows(SETTINGS[::-1], seeds[::-1], positions[::-1])).tolist()
+    backwards = sample(logits.flip(0), rows(SETTINGS[::-1], seeds[::-1], positions[::-1]))[0].tolist()
     assert together == alone == backwards[::-1]
 
 
@@ -135,7 +136,7 @@ def test_a_row_is_drawn_alike_in_any_batch(sample):
 def test_greedy_takes_the_first_of_equals(sample):
     logits = torch.zeros(2, VOCAB)
     logits[0, [700, 4000]] = 5
-    assert sample(logits, rows([{"temperature": 0.0}] * 2, [1, 2])).tolist() == [700, 0]
+    assert sample(logits, rows([{"temperature": 0.0}] * 2, [1, 2]))[0].tolist() == [700, 0]
 
 
 @samplers
@@ -143,18 +144,33 @@ def test_a_masked_token_is_never_drawn(sample):
     logits = torch.full((200, 8), -math.inf)
     logits[:, 5] = -40.0
     for setting in ({}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.5}, {"temperature": 0.0}):
-        assert set(sample(logits, rows([setting] * 200, np.arange(200))).tolist()) == {5}
+        assert set(sample(logits, rows([setting] * 200, np.arange(200)))[0].tolist()) == {5}
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_broken_logits_end_in_some_token(setting):
     for value in (math.nan, math.inf, -math.inf):
-        (token,) = COMPILED(torch.full((1, VOCAB), value), rows([setting], [1])).tolist()
+        (token,) = COMPILED(torch.full((1, VOCAB), value), rows([setting], [1]))[0].tolist()
         assert 0 <= token < VOCAB
 
 
 def test_bf16_logits_draw_what_their_f32_values_draw():
     logits = (torch.randn(len(SETTINGS), VOCAB, generator=torch.Generator().manual_seed(5)) * 3).bfloat16()
     chosen = rows(SETTINGS, np.arange(len(SETTINGS)))
-    assert torch.equal(CompiledSampler(torch.bfloat16)(logits, chosen), COMPILED(logits.float(), chosen))
-    assert torch.equal(torch_native.sample(logits, chosen), torch_native.sample(logits.float(), chosen))
+    assert torch.equal(CompiledSampler(torch.bfloat16)(logits, chosen)[0], COMPILED(logits.float(), chosen)[0])
+    assert torch.equal(torch_native.sample(logits, chosen)[0], torch_native.sample(logits.float(), chosen)[0])
+
+
+@samplers
+def test_the_best_of_parts_of_the_vocabulary_is_the_token_of_the_whole(sample) -> None:
+    generator = torch.Generator().manual_seed(8)
+    logits = torch.stack([shape(generator) for shape in SHAPES.values()])
+    settings = [{"temperature": 0.0}, {}, {"temperature": 5.0}, {}, {"temperature": 0.3}, {}]
+    chosen = rows(settings, range(6))
+    whole, highest = sample(logits, chosen)
+    cuts = [0, 1700, 1701, 3400, VOCAB]
+    parts = [sample(logits[:, start:end].contiguous(), chosen, start) for start, end in itertools.pairwise(cuts)]
+    scores = torch.stack([part[1] for part in parts])
+    winners = scores.argmax(dim=0, keepdim=True)
+    assert torch.equal(torch.stack([part[0] for part in parts]).gather(0, winners)[0], whole)
+    assert torch.equal(scores.max(dim=0).values, highest)

@@ -20,7 +20,7 @@ MODES = ["graphs", "eager"] if DEVICE == "cuda" else ["eager"]
 def worker(directory, mode="eager", page_size=16, **settings):
     settings = {"dtype": "float32", "max_bs": 8, "context_len": 200, "kv_cache_memory": 2**22, **settings}
     config = EngineConfig(page_size=page_size, enforce_eager=mode == "eager", **settings).on_device("cuda")
-    runner = CudaRunner(config, directory, Reporter(), DEVICE)
+    runner = CudaRunner(config, directory, Reporter(), device=DEVICE)
     try:
         yield runner
     finally:

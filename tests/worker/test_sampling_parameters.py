@@ -110,7 +110,7 @@ def test_what_rules_shift_is_not_rounded_to_bf16():
     ]
     slots = np.arange(2, dtype=np.int32)
     step = state.apply(StepPlan(1, new, slots=slots, num_tokens=one, sample=one.astype(bool), num_decode=2))
-    shifted = state.apply_rules(step, torch.full((2, VOCAB), 64.0, dtype=torch.bfloat16))
+    shifted = state.apply_rules(step, np.arange(2), torch.full((2, VOCAB), 64.0, dtype=torch.bfloat16))
     assert shifted.dtype == torch.float32
     assert shifted.argmax(dim=1).tolist() == [6, 0]
     assert torch.isneginf(shifted).nonzero().tolist() == [[0, 3], [1, 3]]

@@ -46,7 +46,7 @@ def no_kernels(monkeypatch):
 
     def plain_runner(*arguments, **chosen):
         assert chosen == {"device": "cuda"}
-        return Runner(*arguments, device, plain=True)
+        return Runner(*arguments, device=device, plain=True)
 
     monkeypatch.setattr(selection, "Runner", plain_runner)
 

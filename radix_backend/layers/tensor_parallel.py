@@ -1,0 +1,94 @@
+"""What the ranks that share a layer tell each other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+# The largest sum that a one-shot all-reduce makes: beyond, reading every peer's whole tensor takes longer than a ring.
+ONE_SHOT_BYTES = 512 << 10
+
+
+class TensorParallel:
+    """One rank among ``size`` that compute the same layers; alone unless it is given a group.
+
+    Every rank gets the same bits: a sum is made once and passed on, or made by everyone in the order of ranks.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, group: ProcessGroup | None = None) -> None:
+        self.rank, self.size, self._group = rank, size, group
+        self._one_shot: Callable[[Tensor], Tensor] | None = None
+        self._max_bytes = 0
+
+    def use_one_shot(self, max_bytes: int = ONE_SHOT_BYTES) -> None:
+        """From now on make sums of up to ``max_bytes`` on CUDA in one kernel.
+
+        Raises RuntimeError where GPUs cannot read each other.
+        """
+        assert self._group is not None
+        self._one_shot, self._max_bytes = _one_shot(self._group, max_bytes), max_bytes
+
+    def use_nccl(self) -> None:
+        """From now on make all sums through the group."""
+        self._one_shot = None
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum of all ranks' ``x``, which may have been overwritten. Can be captured."""
+        if self.size == 1:
+            return x
+        if self._one_shot is not None and x.nbytes <= self._max_bytes and x.nbytes % 16 == 0:
+            return self._one_shot(x)
+        assert self._group is not None
+        self._group.allreduce([x]).wait()
+        return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """[size, …] of all ranks' ``x`` […], which must be contiguous. Can be captured."""
+        if self.size == 1:
+            return x[None]
+        assert self._group is not None
+        out = torch.empty(self.size * x.numel(), dtype=x.dtype, device=x.device)
+        self._group._allgather_base(out, x.view(-1)).wait()
+        return out.view(self.size, *x.shape)
+
+    def gather_vocabulary(self, logits: Tensor, vocab_size: int) -> Tensor:
+        """[rows, vocabulary] of all ranks' ``logits`` [rows, theirs], cut as `Shard.vocabulary` says."""
+        if self.size == 1:
+            return logits
+        each, more = divmod(vocab_size, self.size)
+        padded = F.pad(logits, (0, each + bool(more) - logits.shape[1])).contiguous()
+        parts = self.all_gather(padded).unbind(0)
+        return torch.cat([part[:, : each + (rank < more)] for rank, part in enumerate(parts)], dim=1)
+
+    def elect(self, tokens: Tensor, scores: Tensor) -> Tensor:
+        """[rows] the token of the highest score, the least token of several; ``tokens`` and ``scores`` f32 [rows]."""
+        if self.size == 1:
+            return tokens
+        candidates = self.all_gather(torch.stack([scores.view(torch.int32), tokens.int()]))
+        theirs = candidates[:, 0].view(torch.float32)
+        winners = theirs.argmax(dim=0, keepdim=True)  # the first rank of several, which has the least tokens
+        return candidates[:, 1].gather(0, winners)[0].to(tokens.dtype)
+
+
+ALONE = TensorParallel()
+
+
+def _one_shot(group: ProcessGroup, max_bytes: int) -> Callable[[Tensor], Tensor]:
+    """Each rank reads all ranks' buffers over NVLink and adds them up in the order of ranks."""
+    os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
+    import torch.distributed._symmetric_memory as symmetric
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    buffer = symmetric.empty(max_bytes, dtype=torch.uint8, device=device)
+    symmetric.rendezvous(buffer, group.group_name)
+
+    def all_reduce(x: Tensor) -> Tensor:
+        mine = buffer[: x.nbytes].view(x.dtype).view(x.shape)
+        return torch.ops.symm_mem.one_shot_all_reduce_copy(mine, x, "sum", group.group_name)
+
+    return all_reduce

@@ -1,0 +1,120 @@
+"""``python -m radix_backend.worker.measure_collectives``: how fast ranks of this machine talk to each other.
+
+On GPUs calls are replayed from a CUDA graph, as a decode step makes them; elsewhere gloo is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from radix_backend.config import EngineConfig
+from radix_backend.layers.tensor_parallel import TensorParallel
+from radix_backend.process import PARENT_PID, die_with_parent
+from radix_backend.worker.ranks import Ranks, join, listen
+
+_SIZES = [8 << 10 << shift for shift in range(10)]  # bytes: 8 KiB to 4 MiB
+_CALLS = 20  # in a graph
+_REPLAYS = 20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Latency of all-reduce in bf16, and of sending to the next rank.")
+    parser.add_argument("--ranks", type=int, default=2, help="(default: 2)")
+    parser.add_argument("--device-ids", default="", help="GPUs, such as 0,1 (default: the first ones)")
+    parser.add_argument("--rank", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, default=0, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ids = {"device_ids": arguments.device_ids} if arguments.device_ids else {}
+    config = EngineConfig.parse({"tp_size": arguments.ranks, "device": device, "all_reduce": "nccl", **ids})
+    if arguments.rank:
+        die_with_parent()
+        _measure(join(config, arguments.rank, arguments.port))
+        return
+    listener = listen(config)
+    port = listener.getsockname()[1]
+    command = [sys.executable, "-m", "radix_backend.worker.measure_collectives", *sys.argv[1:]]
+    environment = os.environ | {PARENT_PID: str(os.getpid())}
+    others = [
+        subprocess.Popen([*command, f"--rank={rank}", f"--port={port}"], env=environment)
+        for rank in range(1, arguments.ranks)
+    ]
+    _measure(join(config, 0, port, listener))
+    for process in others:
+        process.wait()
+
+
+def _measure(ranks: Ranks) -> None:
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    tp = ranks.tp
+    columns = {"nccl" if cuda else "gloo": _times(tp, device)}
+    if cuda:
+        tp.use_one_shot(_SIZES[-1])
+        columns["one-shot"] = _times(tp, device)
+    columns["send"] = [_timed(lambda x=_tensor(size, device): _bounce(ranks.rank, x)) / 2 for size in _SIZES]
+    if ranks.rank == 0:
+        print("| KiB |" + "".join(f" {name} µs |" for name in columns) + " send GB/s |")
+        print("|---|" + "---|" * (len(columns) + 1))
+        for size, *times in zip(_SIZES, *columns.values(), strict=True):
+            print(
+                f"| {size >> 10} |" + "".join(f" {each:.1f} |" for each in times) + f" {size / times[-1] / 1e3:.1f} |"
+            )
+    dist.barrier()
+    ranks.close()
+
+
+def _times(tp: TensorParallel, device: torch.device) -> list[float]:
+    return [_timed(lambda x=_tensor(size, device): tp.all_reduce(x), graph=device.type == "cuda") for size in _SIZES]
+
+
+def _tensor(size: int, device: torch.device) -> Tensor:
+    return torch.zeros(size // 2, dtype=torch.bfloat16, device=device)
+
+
+def _bounce(rank: int, x: Tensor) -> None:
+    """From rank 0 to rank 1, and back."""
+    if rank == 0:
+        dist.send(x, 1)
+        dist.recv(x, 1)
+    elif rank == 1:
+        dist.recv(x, 0)
+        dist.send(x, 0)
+
+
+def _timed(call: Callable[[], object], graph: bool = False) -> float:
+    """Microseconds a call."""
+    call()
+    replay, calls = call, 1
+    if graph:
+        torch.cuda.synchronize()
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured, capture_error_mode="thread_local"):
+            for _ in range(_CALLS):
+                call()
+        replay, calls = captured.replay, _CALLS
+    replay()
+    _synchronize()
+    started = time.perf_counter()
+    for _ in range(_REPLAYS):
+        replay()
+    _synchronize()
+    return (time.perf_counter() - started) / _REPLAYS / calls * 1e6
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""``python -m radix_backend.worker.rank SPEC_JSON``: a rank beside the engine's own, in a process of its own.
+
+It takes step plans from the engine's process and executes them; of the results only the engine's process may want some.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import NoReturn
+
+import msgspec
+
+from radix_backend.config import EngineConfig
+from radix_backend.errors import RadixError
+from radix_backend.process import Reporter, die_with_parent, setup_logging
+from radix_backend.worker.interface import Worker
+from radix_backend.worker.messages import RankFailed, RankProgress, RankResult, decode_plan, encode
+from radix_backend.worker.ranks import Ranks, join
+
+MakeRunner = Callable[[EngineConfig, Path, Reporter, Ranks], Worker]
+
+_PROGRESS_INTERVAL = 1.0  # seconds
+
+
+class RankSpec(msgspec.Struct, frozen=True):
+    """What a rank has to know to take its place."""
+
+    config: EngineConfig  # settled
+    model_dir: str
+    rank: int
+    connection: int  # inherited file descriptor
+    port: int  # where the ranks meet
+
+
+class _RankReporter(Reporter):
+    """Tells the engine's process instead of the supervisor."""
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__()
+        self._connection = connection
+        self._writing = threading.Lock()
+        self._told_at = 0.0
+
+    def send(self, message: RankResult | RankFailed | RankProgress) -> None:
+        with self._writing:
+            self._connection.send_bytes(encode(message))
+
+    def phase(self, name: str, fraction: float | None = None) -> None:
+        super().phase(name, fraction)
+        self.progress()
+
+    def progress(self) -> None:
+        super().progress()
+        if time.monotonic() - self._told_at >= _PROGRESS_INTERVAL:
+            self._told_at = time.monotonic()
+            self.send(RankProgress())
+
+
+def serve(spec: RankSpec, make_runner: MakeRunner) -> NoReturn:
+    """Until the engine has no more plans."""
+    connection = Connection(spec.connection)
+    reporter = _RankReporter(connection)
+    try:
+        ranks = join(spec.config, spec.rank, spec.port)
+        runner = make_runner(spec.config, Path(spec.model_dir), reporter, ranks)
+    except RadixError as error:
+        reporter.send(RankFailed(error.code, str(error)))
+        raise SystemExit(1) from None
+    reports = spec.rank == spec.config.num_ranks - spec.config.tp_size and spec.rank > 0
+    launched = threading.Semaphore(0)
+
+    def settle() -> None:
+        try:
+            while True:
+                launched.acquire()
+                result = runner.settle()
+                reporter.progress()
+                if reports:
+                    reporter.send(RankResult(result))
+        except BaseException:
+            # Whoever waits for this rank has to know: a thread's end alone would be silence.
+            sys.excepthook(*sys.exc_info())
+            os._exit(1)
+
+    threading.Thread(target=settle, name="settle", daemon=True).start()
+    while data := connection.recv_bytes():
+        runner.launch(decode_plan(data))
+        launched.release()
+    runner.close()
+    sys.stderr.flush()
+    os._exit(0)  # what was sent to ranks that wanted no more of it would be waited for
+
+
+def run(make_runner: MakeRunner) -> None:
+    die_with_parent()
+    spec = msgspec.json.decode(sys.argv[1], type=RankSpec)
+    setup_logging(spec.config.log_level)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as the engine: the supervisor decides
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the engine says when
+    serve(spec, make_runner)
+
+
+def main() -> None:
+    from radix_backend.worker.selection import make_runner
+
+    run(make_runner)
+
+
+if __name__ == "__main__":
+    main()

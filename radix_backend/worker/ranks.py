@@ -1,0 +1,154 @@
+"""The process groups through which ranks compute together."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from radix_backend.config import EngineConfig
+from radix_backend.errors import InvalidArgument, Unavailable
+from radix_backend.layers.tensor_parallel import ALONE, TensorParallel
+from radix_backend.worker.pipeline import Link, Pipeline
+
+log = logging.getLogger(__name__)
+
+HOST = "127.0.0.1"
+_START_SECONDS = 3600  # for all ranks to have read their weights; a rank that dies meanwhile is noticed otherwise
+
+
+@dataclass
+class Ranks:
+    """One rank's place among all. The default is alone."""
+
+    rank: int = 0
+    tp: TensorParallel = ALONE
+    pipeline: Pipeline[Any] | None = None  # where there are several stages
+    _grouped: bool = field(default=False, kw_only=True)
+
+    def least(self, value: int) -> int:
+        """The least of all ranks' values."""
+        if not self._grouped:
+            return value
+        values = torch.tensor([value])
+        dist.all_reduce(values, dist.ReduceOp.MIN)
+        return int(values)
+
+    def close(self) -> None:
+        if self._grouped:
+            dist.destroy_process_group()
+
+
+NO_OTHERS = Ranks()
+
+
+def listen(config: EngineConfig) -> socket.socket:
+    """Where rank 0 waits for the others. Raises InvalidArgument where ``nccl_port`` is taken."""
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((HOST, config.nccl_port or 0))
+    except OSError as error:
+        raise InvalidArgument(
+            f"setting 'nccl_port' is {config.nccl_port}, which cannot be listened on: {error.strerror}"
+        ) from None
+    listener.listen(config.num_ranks)
+    return listener
+
+
+def use_device(config: EngineConfig, rank: int) -> bool:
+    """Make this rank's GPU the current one; False where there is none."""
+    cuda = config.device == "cuda" and torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(rank if config.device_ids is None else config.device_ids[rank])
+    return cuda
+
+
+def join(config: EngineConfig, rank: int, port: int, listener: socket.socket | None = None) -> Ranks:
+    """Meet the other ranks at ``port``; rank 0 has the ``listener`` for it.
+
+    Collectives on CUDA tensors go through NCCL, on others through gloo, both without leaving this host.
+    """
+    cuda = use_device(config, rank)
+    os.environ["NCCL_NVLS_ENABLE"] = "0"  # multicast needs memory that other engines on the host may have taken
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ.setdefault(name, "lo")
+    world = config.num_ranks
+    store = dist.TCPStore(
+        HOST,
+        port,
+        world,
+        is_master=listener is not None,
+        timeout=timedelta(seconds=_START_SECONDS),
+        wait_for_workers=False,
+        master_listen_fd=None if listener is None else listener.detach(),
+    )
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=_START_SECONDS),
+    )
+    stage, tp_rank = divmod(rank, config.tp_size)
+    ranks = Ranks(rank, _tensor_parallel(config, stage, tp_rank), _pipeline(config, stage, tp_rank), _grouped=True)
+    if cuda and config.tp_size > 1 and config.all_reduce != "nccl":
+        _use_one_shot(config, ranks)
+    return ranks
+
+
+def _use_one_shot(config: EngineConfig, ranks: Ranks) -> None:
+    """On all ranks or on none."""
+    try:
+        ranks.tp.use_one_shot()
+        why = ""
+    except RuntimeError as error:
+        why = str(error)
+    if ranks.least(not why):
+        return
+    ranks.tp.use_nccl()
+    why = why or "another rank cannot"
+    if config.all_reduce == "one-shot":
+        raise Unavailable(f"setting 'all_reduce' is 'one-shot', which these GPUs cannot: {why}; accepted: auto, nccl")
+    log.warning("all-reduce through NCCL alone: GPUs cannot read each other's memory: %s", why)
+
+
+# Every rank takes part in making every group, in the same order.
+
+
+def _tensor_parallel(config: EngineConfig, stage: int, tp_rank: int) -> TensorParallel:
+    size = config.tp_size
+    if size == 1:
+        return ALONE
+    groups = [dist.new_group([each * size + rank for rank in range(size)]) for each in range(config.pp_size)]
+    return TensorParallel(tp_rank, size, groups[stage])
+
+
+def _pipeline(config: EngineConfig, stage: int, tp_rank: int) -> Pipeline[Any] | None:
+    size, stages = config.tp_size, config.pp_size
+    if stages == 1:
+        return None
+    kept = 2 * stages + 2  # steps in flight and some, each with up to two messages
+
+    def link(other: int, group: dist.ProcessGroup) -> Link:
+        return Link(other * size + tp_rank, group, kept)
+
+    previous = following = tokens = None
+    for rank in range(size):
+        hidden = [dist.new_group([at * size + rank, (at + 1) * size + rank]) for at in range(stages - 1)]
+        returned = dist.new_group([(stages - 1) * size + rank, rank])
+        if rank != tp_rank:
+            continue
+        if stage > 0:
+            previous = link(stage - 1, hidden[stage - 1])
+        if stage < stages - 1:
+            following = link(stage + 1, hidden[stage])
+        if stage in (0, stages - 1):
+            tokens = link(stages - 1 - stage, returned)
+    return Pipeline(stages, previous, following, tokens)
