@@ -177,7 +177,7 @@ class CudaRunner:
     # ── parts of a step ─────────────────────────────────────────────────────────────────────────────────────
 
     def _forward(self, rows: int) -> None:
-        """Compute the first ``rows`` decode rows: their logits, or what the next stage goes on with. Can be captured."""
+        """Compute the first ``rows`` decode rows: logits, or what the next stage goes on with. Can be captured."""
         batch = self._state.begin_decode(rows)
         inputs = batch.token_ids if self._shard.is_first else self._hidden[:rows]
         hidden = self._model.forward(inputs, self._attention.decode(batch))

@@ -6,6 +6,7 @@ On GPUs calls are replayed from a CUDA graph, as a decode step makes them; elsew
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import subprocess
 import sys
@@ -61,20 +62,19 @@ def _measure(ranks: Ranks) -> None:
     if cuda:
         tp.use_one_shot(_SIZES[-1])
         columns["one-shot"] = _times(tp, device)
-    columns["send"] = [_timed(lambda x=_tensor(size, device): _bounce(ranks.rank, x)) / 2 for size in _SIZES]
+    columns["send"] = [_timed(_bounce, ranks.rank, _tensor(size, device)) / 2 for size in _SIZES]
     if ranks.rank == 0:
         print("| KiB |" + "".join(f" {name} µs |" for name in columns) + " send GB/s |")
         print("|---|" + "---|" * (len(columns) + 1))
         for size, *times in zip(_SIZES, *columns.values(), strict=True):
-            print(
-                f"| {size >> 10} |" + "".join(f" {each:.1f} |" for each in times) + f" {size / times[-1] / 1e3:.1f} |"
-            )
+            cells = [f"{size >> 10}", *(f"{each:.1f}" for each in times), f"{size / times[-1] / 1e3:.1f}"]
+            print(f"| {' | '.join(cells)} |")
     dist.barrier()
     ranks.close()
 
 
 def _times(tp: TensorParallel, device: torch.device) -> list[float]:
-    return [_timed(lambda x=_tensor(size, device): tp.all_reduce(x), graph=device.type == "cuda") for size in _SIZES]
+    return [_timed(tp.all_reduce, _tensor(size, device), graph=device.type == "cuda") for size in _SIZES]
 
 
 def _tensor(size: int, device: torch.device) -> Tensor:
@@ -91,10 +91,12 @@ def _bounce(rank: int, x: Tensor) -> None:
         dist.send(x, 0)
 
 
-def _timed(call: Callable[[], object], graph: bool = False) -> float:
+def _timed(function: Callable[..., object], *arguments: object, graph: bool = False) -> float:
     """Microseconds a call."""
+    call = functools.partial(function, *arguments)
     call()
-    replay, calls = call, 1
+    replay: Callable[[], object] = call
+    calls = 1
     if graph:
         torch.cuda.synchronize()
         captured = torch.cuda.CUDAGraph()
