@@ -143,6 +143,7 @@ class SimEngine:
         )
         self.outputs: dict[int, list[int]] = {}
         self.scored: dict[int, list[int]] = {}  # positions of prompt tokens
+        self.logprobs: dict[int, list[TokenLogprobs]] = {}  # of outputs
         self.finish: dict[int, int] = {}
         self.receipts: dict[int, object] = {}
         self._next_id = 0
@@ -200,6 +201,8 @@ class SimEngine:
             assert output.id not in self.finish, "something came after the end"
             if output.token is not None:
                 self.outputs[output.id].append(output.token)
+            if output.logprobs is not None:
+                self.logprobs.setdefault(output.id, []).append(output.logprobs)
             if output.finish:
                 self.finish[output.id] = output.finish
                 self.receipts[output.id] = output.receipt
