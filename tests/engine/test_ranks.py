@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,3 +85,17 @@ def test_a_layout_that_the_model_cannot_have_is_refused_before_a_rank_starts(mod
     ]:
         with EngineClient(config(model, **settings)) as client, pytest.raises(InvalidArgument, match=message):
             client.wait_ready(PATIENCE)
+
+
+def test_a_rank_that_hangs_ends_the_engine_with_the_reason(model: Path) -> None:
+    stopped = subprocess.run(
+        [sys.executable, "-m", "tests.engine.stopped_rank", os.fspath(model)],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert stopped.returncode == 1
+    assert "ERROR no rank made progress for 0.5 s while a step was in flight" in stopped.stderr
+    rank = int(stopped.stdout)
+    eventually(lambda: not psutil.pid_exists(rank) or gone([psutil.Process(rank)]))
