@@ -119,8 +119,9 @@ class DeviceState:
         tiles = DecodeTiles(firsts, counts, ends, skips, places)
         self._decode = DecodeBatch(zeros(max_bs), zeros(max_bs), self.decode_slots, zeros(max_bs), zeros(max_bs), tiles)
         self._tables = np.zeros((max_bs, self.page_table.shape[1]), np.int32)  # the page table, on the CPU
-        self._last_decodes: Ints | None = None  # slots in the order of the plan; None: look for tiles again
-        self._last_order: npt.NDArray[np.int64] | None = None
+        # What was staged for slots in the order of a plan, and in which order: microbatches take turns.
+        self._arranged: dict[bytes, tuple[Ints, npt.NDArray[np.int64] | None]] = {}
+        self._most_arranged = max_steps
         self._num_computed = np.zeros(max_bs, np.int64)
         self._prompt_len = np.zeros(max_bs, np.int64)
         self._special = SpecialState(max_bs, self._staging, device, filters=not has_all_logits)
@@ -175,16 +176,21 @@ class DeviceState:
         """Put decode rows that share pages together; returns the order they got."""
         remapped = plan.page_index * self._page_size < self._num_computed[plan.page_slots]
         self._tables[plan.page_slots, plan.page_index] = plan.page_ids
-        if plan.new or remapped.any() or self._last_decodes is None or not np.array_equal(slots, self._last_decodes):
+        if plan.new or remapped.any() or len(self._arranged) >= self._most_arranged:
+            self._arranged.clear()  # look for tiles again
+        decodes = slots.tobytes()
+        if decodes in self._arranged:
+            self._rows.words[:], order = self._arranged[decodes]
+        else:
             shared = None
             if len(slots) >= CASCADE_ROWS and self._tile_rows > 1:
                 full = self._num_computed[slots] // self._page_size
                 least = -(-_MIN_SHARED // self._page_size)
                 shared = shared_prefixes(self._tables[slots], full, self._tile_rows, least)
-            self._last_order = None if shared is None else shared.order
+            order = None if shared is None else shared.order
             self._rows.fill(slots, shared, self._tile_rows)
-            self._last_decodes = slots
-        return slice(None) if self._last_order is None else self._last_order
+            self._arranged[decodes] = self._rows.words.copy(), order
+        return slice(None) if order is None else order
 
     def begin_decode(self, rows: int) -> DecodeBatch:
         """Read what the first ``rows`` decode rows compute next, and advance them. Can be captured."""

@@ -2,7 +2,8 @@
 
 The KV of a token is the hash of the whole prefix up to it, so a stale, missing or foreign page shows at once, and the
 "model" samples a token that depends on the whole prefix. As on a device, steps run in the order they are launched,
-possibly long after; within a step all rows write before any row reads.
+possibly long after; within a step all rows write before any row reads. With several pipeline stages a token is there
+for the step that comes ``pp_size`` after the one that sampled it, and not before.
 """
 
 from __future__ import annotations
@@ -43,8 +44,9 @@ def continuation(tokens: list[int], count: int) -> list[int]:
 
 
 class SimWorker:
-    def __init__(self, num_pages: int, page_size: int, max_bs: int, max_tokens: int = 4096) -> None:
+    def __init__(self, num_pages: int, page_size: int, max_bs: int, max_tokens: int = 4096, pp_size: int = 1) -> None:
         self.num_pages = num_pages
+        self.pp_size = pp_size
         self.page_size = page_size
         self.kv = np.full((num_pages, page_size), UNWRITTEN, np.int64)
         self.table = np.full((max_bs, max_tokens // page_size + 1), -1, np.int64)
@@ -52,6 +54,8 @@ class SimWorker:
         self.computed = np.zeros(max_bs, np.int64)
         self.described: dict[int, NewRequest] = {}
         self.num_computed_tokens = 0
+        self.entered = np.zeros(max_bs, np.int64)  # step
+        self.under_way: deque[tuple[int, int, int, int]] = deque()  # step, slot, position, token
         self.queue: deque[StepPlan] = deque()
 
     def launch(self, plan: StepPlan) -> None:
@@ -69,7 +73,12 @@ class SimWorker:
         return int(page), position % self.page_size
 
     def _execute(self, plan: StepPlan) -> StepResult:
+        while self.under_way and self.under_way[0][0] <= plan.step - self.pp_size:
+            step, slot, position, token = self.under_way.popleft()
+            if self.entered[slot] <= step:
+                self.tokens[slot, position] = token
         for new in plan.new:
+            self.entered[new.slot] = plan.step
             self.tokens[new.slot] = -1
             self.tokens[new.slot, : len(new.token_ids)] = new.token_ids
             self.computed[new.slot] = new.num_computed
@@ -105,7 +114,7 @@ class SimWorker:
                 assert self.kv[self._at(slot, position)] == prefix, f"wrong KV at position {position} of slot {slot}"
             if samples:
                 token = next_token(prefix)
-                self.tokens[slot, self.computed[slot]] = token
+                self.under_way.append((plan.step, slot, int(self.computed[slot]), token))
                 sampled.append(token)
         return StepResult(plan.step, np.array(sampled, np.int32), prompt_logprobs=scored)
 
@@ -131,7 +140,7 @@ class SimEngine:
         worker: Worker | None = None,
         pp_size: int = 1,
     ) -> None:
-        self.worker = worker or SimWorker(num_pages, page_size, max_bs)
+        self.worker = worker or SimWorker(num_pages, page_size, max_bs, pp_size=pp_size)
         self.now = 0.0
         self.scheduler = Scheduler(
             KVCache(num_pages, page_size),

@@ -1,4 +1,4 @@
-"""``python -m tests.engine.stopped_rank MODEL``: a worker of two ranks, of which one is stopped; it prints that one's id."""
+"""``python -m tests.engine.stopped_rank MODEL``: of a worker's two ranks one is stopped; its process id is printed."""
 
 from __future__ import annotations
 

@@ -28,9 +28,10 @@ class EngineMachine(RuleBasedStateMachine):
         num_tokens=st.integers(40, 160),
         max_bs=st.integers(1, 5),
         budget=st.integers(5, 48),
+        pp_size=st.integers(1, 3),
     )
-    def build(self, page_size: int, num_tokens: int, max_bs: int, budget: int) -> None:
-        self.engine = SimEngine(max(2, num_tokens // page_size), page_size, max_bs, budget)
+    def build(self, page_size: int, num_tokens: int, max_bs: int, budget: int, pp_size: int) -> None:
+        self.engine = SimEngine(max(2, num_tokens // page_size), page_size, max_bs, budget, pp_size=pp_size)
         self.live: dict[int, tuple[list[int], int, tuple[int, ...]]] = {}
         self.aborted: set[int] = set()
         self.scored: set[int] = set()

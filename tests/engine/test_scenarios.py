@@ -410,3 +410,22 @@ def test_a_prompt_retracted_half_way_is_scored_once(launched: int) -> None:
     assert engine.outputs[scored] == continuation(list(range(23)), 12)
     # What was scored before may come from the cache; with all chunks launched that is the whole prompt.
     assert engine.worker.num_computed_tokens < 23 + 12 + 8
+
+
+def test_pipeline_stages_get_equal_microbatches_of_different_requests() -> None:
+    engine = SimEngine(num_pages=200, max_bs=12, budget=200, pp_size=3)
+    requests = [engine.add([i] * 5, max_tokens=9) for i in range(10)]
+    first = engine.launch()
+    assert first is not None
+    assert len(first.slots) == 10
+    engine.settle()
+    plans = [engine.launch() for _ in range(3)]
+    assert [len(plan.slots) for plan in plans if plan is not None] == [4, 4, 2]
+    slots = [slot for plan in plans if plan is not None for slot in plan.slots.tolist()]
+    assert sorted(slots) == list(range(10))
+    following = engine.launch()  # before any of them has settled
+    assert following is not None
+    assert following.step == plans[0].step + 3
+    assert following.slots.tolist() == plans[0].slots.tolist()
+    engine.run(depth=4)
+    assert [engine.outputs[request] for request in requests] == [continuation([i] * 5, 9) for i in range(10)]
