@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from collections import defaultdict
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from radix_backend.client import EngineClient
@@ -34,11 +35,12 @@ _CLOSE_SECONDS = 5.0
 _log = logging.getLogger(__name__)
 
 
-class Identity(Protocol):
+@dataclass(frozen=True)
+class Identity:
     """Which series are the publisher's."""
 
     labels: dict[str, str]  # of them all
-    speaks_for_engine: bool  # whether what the engine does is among them
+    speaks_for_engine: bool = True  # whether what the engine does is among them
 
 
 class Turn(Protocol):

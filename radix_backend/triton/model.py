@@ -20,7 +20,7 @@ from radix_backend.metrics.recorder import Recorder
 from radix_backend.protocol import Status
 from radix_backend.triton.bridge import Bridge
 from radix_backend.triton.lifecycle import Lifecycle
-from radix_backend.triton.series import Identity, Turn
+from radix_backend.triton.series import Turn, identify
 from radix_backend.triton.settings import load_config
 from radix_backend.triton.tensors import declare
 
@@ -52,7 +52,7 @@ class TritonPythonModel:
         is_model_ready = partial(pb_utils.is_model_ready, args["model_name"], args["model_version"])
         lifecycle = Lifecycle(os.getppid(), is_model_ready)
         self._bridge = Bridge(self._client, config.namespace, recorder, lifecycle.ending, lifecycle.arrive)
-        identity = Identity(args, model_config.get("instance_group") or [])
+        identity = identify(args, model_config.get("instance_group") or [])
         self._publisher = Publisher(self._client, recorder, identity, pb_utils.MetricFamily, Turn(identity.labels))
 
     def execute(self, requests: list[Any]) -> None:

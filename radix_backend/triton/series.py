@@ -16,27 +16,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from radix_backend.metrics.publisher import Identity
 
-class Identity:
-    """Which series are an instance's: ``labels`` of them all, and whether it ``speaks_for_engine``.
 
-    ``args`` are those of Triton's `initialize`, ``groups`` is the model configuration's ``instance_group``.
-    """
-
-    def __init__(self, args: Mapping[str, str], groups: list[dict[str, Any]]) -> None:
-        name = args["model_instance_name"]
-        group: dict[str, Any] = groups[0] if groups else {"name": name}
-        self.speaks_for_engine = name in (
-            f"{group['name']}_0",
-            group["name"],
-        )  # older servers do not number a single one
-        if args["model_instance_kind"] == "GPU":  # the instances of a group on all its devices have the same name
-            device = args["model_instance_device_id"]
-            self.speaks_for_engine &= device == str((group.get("gpus") or [device])[0])
-            name += f"_gpu{device}"
-        self.labels = {"model": args["model_name"], "version": args["model_version"]}
-        if not self.speaks_for_engine:
-            self.labels["model_instance"] = name
+def identify(args: Mapping[str, str], groups: list[dict[str, Any]]) -> Identity:
+    """``args`` are those of Triton's `initialize`, ``groups`` is the model configuration's ``instance_group``."""
+    name = args["model_instance_name"]
+    group: dict[str, Any] = groups[0] if groups else {"name": name}
+    speaks_for_engine = name in (f"{group['name']}_0", group["name"])  # older servers do not number a single one
+    if args["model_instance_kind"] == "GPU":  # the instances of a group on all its devices have the same name
+        device = args["model_instance_device_id"]
+        speaks_for_engine &= device == str((group.get("gpus") or [device])[0])
+        name += f"_gpu{device}"
+    labels = {"model": args["model_name"], "version": args["model_version"]}
+    return Identity(labels if speaks_for_engine else labels | {"model_instance": name}, speaks_for_engine)
 
 
 class Turn:

@@ -6,7 +6,8 @@ import os
 import subprocess
 import sys
 
-from radix_backend.triton.series import Identity, Turn
+from radix_backend.metrics.publisher import Identity
+from radix_backend.triton.series import Turn, identify
 
 GROUP = {"name": "radix_0", "gpus": []}
 
@@ -19,7 +20,7 @@ def identity(name: str, kind: str = "MODEL", device: str = "0", gpus: tuple[int,
         "model_instance_kind": kind,
         "model_instance_device_id": device,
     }
-    return Identity(args, [GROUP | {"gpus": list(gpus)}])
+    return identify(args, [GROUP | {"gpus": list(gpus)}])
 
 
 def test_one_instance_speaks_for_the_engine_under_plain_labels() -> None:
@@ -46,6 +47,7 @@ def test_no_two_stubs_of_a_server_have_the_same_series() -> None:
 def test_a_killed_stub_leaves_its_turn() -> None:
     code = f"""
 import os, sys
+from radix_backend.metrics.publisher import Identity
 from radix_backend.triton.series import Turn
 os.getppid = lambda: {os.getppid()}
 turn = Turn({{"model": "killed"}})
