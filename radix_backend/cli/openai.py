@@ -145,14 +145,7 @@ def run(arguments: argparse.Namespace) -> int:
     config = EngineConfig.parse(given_settings(arguments))
     if arguments.drain_seconds < 0:
         raise InvalidArgument(f"--drain-seconds is {arguments.drain_seconds:g}; accepted: 0 or more")
-    for flag, path, other in (
-        ("--tls-cert", arguments.tls_cert, arguments.tls_key),
-        ("--tls-key", arguments.tls_key, arguments.tls_cert),
-    ):
-        if path is None and other is not None:
-            raise InvalidArgument(f"{flag} is missing; accepted: both --tls-cert and --tls-key, or neither")
-        if path is not None and not path.is_file():
-            raise NotFound(f"{flag} is {str(path)!r}, which is no file")
+    _check_tls(arguments.tls_cert, arguments.tls_key)
     key = os.environ.get(KEY_VARIABLE)
     options = Options(
         arguments.host,
@@ -178,3 +171,13 @@ def run(arguments: argparse.Namespace) -> int:
     finally:
         client.close(linger=False)
     return 0
+
+
+def _check_tls(cert: Path | None, key: Path | None) -> None:
+    files = {"--tls-cert": cert, "--tls-key": key}
+    for flag, path in files.items():
+        if path is None and any(files.values()):
+            raise InvalidArgument(f"{flag} is missing; accepted: both --tls-cert and --tls-key, or neither")
+    for flag, path in files.items():
+        if path is not None and not path.is_file():
+            raise NotFound(f"{flag} is {str(path)!r}, which is no file")

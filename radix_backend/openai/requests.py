@@ -63,7 +63,8 @@ class Generation(Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return params
 
 
-class TextPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="text"):
+class TextPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    type: Literal["text"]
     text: str
 
 
@@ -218,7 +219,7 @@ def parse_generation(cls: type[G], body: bytes) -> tuple[G, SamplingParams]:
 def _fields(body: bytes) -> dict[str, Any]:
     try:
         values = msgspec.json.decode(body)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidArgument(f"the body is not JSON: {error}") from None
     if not isinstance(values, dict):
         raise InvalidArgument(f"the body is {show(values)}; accepted: a JSON object")

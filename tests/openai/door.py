@@ -75,7 +75,7 @@ class Door:
     def get(self, path: str, patient: bool = False, **headers: str) -> Answer:
         """``patient``: somebody who does not listen yet has status 0."""
         try:
-            return self._open(urllib.request.Request(self.url(path), headers=headers))
+            return self.open(urllib.request.Request(self.url(path), headers=headers))
         except OSError:
             assert self.process.poll() is None, self.log.read_text()[-4000:]
             if patient:
@@ -84,9 +84,7 @@ class Door:
 
     def post(self, path: str, body: Any = None, headers: Mapping[str, str] = {}, **fields: Any) -> Answer:
         data = body if isinstance(body, bytes) else json.dumps(fields if body is None else body).encode()
-        return self._open(
-            urllib.request.Request(self.url(path), data, {"content-type": "application/json", **headers})
-        )
+        return self.open(urllib.request.Request(self.url(path), data, {"content-type": "application/json", **headers}))
 
     def sdk(self, **options: Any) -> openai.OpenAI:
         return openai.OpenAI(base_url=self.url(), api_key="any", max_retries=0, timeout=60, **options)
@@ -106,7 +104,7 @@ class Door:
             self.process.kill()
             raise
 
-    def _open(self, request: urllib.request.Request) -> Answer:
+    def open(self, request: urllib.request.Request) -> Answer:
         try:
             with urllib.request.urlopen(request, timeout=60) as response:
                 return Answer(response.status, dict(response.headers), response.read())

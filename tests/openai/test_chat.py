@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from radix_backend.client import EngineClient
 from radix_backend.sampling_params import SamplingParams
-from tests.openai.door import Door
+from tests.openai.door import Door, serving
 from tests.openai.test_completions import PLAIN
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
@@ -44,7 +47,7 @@ def test_log_probabilities_join_to_the_text(door: Door) -> None:
     (choice,) = door.post("/v1/chat/completions", **fields).json["choices"]
     tokens = choice["logprobs"]["content"]
     assert "".join(token["token"] for token in tokens) == choice["message"]["content"]
-    assert bytes(sum((token["bytes"] for token in tokens), [])).decode() == choice["message"]["content"]
+    assert b"".join(bytes(token["bytes"]) for token in tokens).decode() == choice["message"]["content"]
     assert {len(token["top_logprobs"]) for token in tokens} == {2}
     assert all(token["logprob"] <= token["top_logprobs"][0]["logprob"] <= 0 for token in tokens)
     plain = door.post("/v1/chat/completions", **fields | {"top_logprobs": None}).json["choices"][0]["logprobs"]
@@ -64,11 +67,11 @@ def test_parts_developers_names_and_what_the_sdk_sends_back_are_understood(door:
     assert choice["message"]["content"] == expected(engine, rendered)
 
 
-def test_without_a_limit_the_context_is_one(door: Door) -> None:
-    endless = {"messages": MESSAGES, "temperature": 0, "ignore_eos": True, "truncate_prompt_tokens": 5}
-    answer = door.post("/v1/chat/completions", **endless).json
+def test_without_a_limit_the_context_is_one(tmp_path: Path, tiny_settings: dict[str, Any]) -> None:
+    with serving(tmp_path, tiny_settings | {"context_len": 100}) as door:
+        answer = door.post("/v1/chat/completions", messages=MESSAGES, temperature=0, ignore_eos=True).json
     assert answer["choices"][0]["finish_reason"] == "length"
-    assert answer["usage"]["total_tokens"] == 8192
+    assert answer["usage"]["total_tokens"] == 100
 
 
 @pytest.mark.parametrize("limit", ["max_tokens", "max_completion_tokens", "max_new_tokens"])
