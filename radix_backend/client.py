@@ -221,6 +221,10 @@ class EngineClient:
     def detokenize(self, ids: Sequence[int], *, timeout: float = _CALL_TIMEOUT) -> str:
         return str(self._ask(lambda call: Detokenize(call, list(ids)), timeout))
 
+    def token_pieces(self, ids: Sequence[int], *, timeout: float = _CALL_TIMEOUT) -> list[str]:
+        """What each token adds to the text of all."""
+        return list(self._ask(lambda call: Detokenize(call, list(ids), pieces=True), timeout))
+
     def stats(self, *, audit: bool = False, timeout: float = _CALL_TIMEOUT) -> dict[str, float]:
         """The engine's figures, see engine/stats.py; ``audit`` checks its page invariant first."""
         return dict(self._ask(lambda call: Stats(call, audit), timeout))

@@ -150,7 +150,7 @@ class EngineConfig(
         """From JSON, Triton model parameters or flags. Raises InvalidArgument or Unsupported naming the setting."""
         values = dict(values)
         if isinstance(size := values.get("kv_cache_memory"), str):
-            values["kv_cache_memory"] = parse_size(size)
+            values["kv_cache_memory"] = parse_size(size, "setting 'kv_cache_memory'")
         if isinstance(ids := values.get("device_ids"), str):
             values["device_ids"] = [part.strip() for part in ids.split(",")]
         config = convert(cls, values, "setting")
@@ -192,11 +192,11 @@ class EngineConfig(
         return hashlib.blake2b(json.dumps(engine_side, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
-def parse_size(text: str) -> int:
-    """Bytes in '2GiB', '512M', '1073741824'. Raises InvalidArgument."""
+def parse_size(text: str, what: str) -> int:
+    """Bytes in '2GiB', '512M', '1073741824'. Raises InvalidArgument, which calls the text ``what``."""
     match = _SIZE.fullmatch(text.strip())
     if match is None:
-        raise InvalidArgument(f"setting 'kv_cache_memory' is {show(text)}; accepted: bytes, or a size such as '2GiB'")
+        raise InvalidArgument(f"{what} is {show(text)}; accepted: bytes, or a size such as '2GiB'")
     return int(float(match[1]) * _UNITS[(match[2] or "").upper()])
 
 

@@ -90,10 +90,11 @@ class Tokenize(Message):
 
 
 class Detokenize(Message):
-    """Ask for the text of token ids: `Reply.value` is a str."""
+    """Ask for the text of token ids: `Reply.value` is a str; of ``pieces``, a list of what each token adds to it."""
 
     call: int
     ids: list[int]
+    pieces: bool = False
 
 
 class Stats(Message):

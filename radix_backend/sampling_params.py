@@ -122,16 +122,17 @@ class SamplingParams(
         return msgspec.structs.replace(self, n=1, seed=seed, prompt_logprobs=prompt_logprobs)
 
     @classmethod
-    def parse(cls, values: Mapping[str, Any]) -> SamplingParams:
+    def parse(cls, values: Mapping[str, Any], strict: bool = False) -> SamplingParams:
         """From JSON or request parameters: unknown names are refused, strings are coerced.
 
         A single string stands for a list of one. Lists of numbers and objects may come as JSON texts, because Triton's
-        request parameters hold neither. Raises InvalidArgument.
+        request parameters hold neither. With ``strict``, for JSON whose values have their types, nothing else does.
+        Raises InvalidArgument.
         """
         renamed: dict[str, Any] = {}
         for name, value in values.items():
             target = _ALIASES.get(name, name)
-            value = _structure(target, value)
+            value = _structure(target, value, strict)
             if target in renamed and renamed[target] != value:
                 aliases = " and ".join(repr(alias) for alias, of in _ALIASES.items() if of == target)
                 given = f"{show(renamed[target])} and {show(value)}"
@@ -142,15 +143,18 @@ class SamplingParams(
         for name in _STRINGS + _STRUCTURES:  # JSON's null means what vLLM's None does: nothing
             if renamed.get(name, ()) is None:
                 del renamed[name]
-        return convert(cls, renamed, "sampling parameter")
+        return convert(cls, renamed, "sampling parameter", strict)
 
 
-def _structure(name: str, value: Any) -> Any:
+PARAMETER_NAMES = frozenset((*SamplingParams.__struct_fields__, *_ALIASES))  # that `SamplingParams.parse` knows
+
+
+def _structure(name: str, value: Any, strict: bool) -> Any:
     """``value`` as the list or object that parameter ``name`` is, if it is a text that stands for one."""
     if isinstance(value, str):
         if name in _STRINGS:
             return [value]
-        if name in _STRUCTURES:
+        if name in _STRUCTURES and not strict:
             with contextlib.suppress(msgspec.DecodeError, RecursionError):
                 return msgspec.json.decode(value)
     return value

@@ -13,7 +13,8 @@ from radix_backend.errors import InvalidArgument
 
 T = TypeVar("T", bound=msgspec.Struct)
 
-_AT = re.compile(r" - at (?:`key` in )?`\$\.?([^`\[]*)[^`]*`$")
+_AT = re.compile(r" - at (?:`key` in )?`\$\.?(([^`.\[]*)[^`]*)`$")
+_MISSING = re.compile(r"Object missing required field `(.*)`")
 _SHOWN = 80  # characters of a wrong value that an error repeats
 
 
@@ -39,8 +40,8 @@ def literal_choices(cls: type[msgspec.Struct], name: str) -> tuple[str, ...]:
     return typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
 
 
-def convert(cls: type[T], values: Mapping[str, Any], what: str) -> T:
-    """Build ``cls`` from ``values``; strings are coerced to the field's type ("0.7" → 0.7, "true" → True).
+def convert(cls: type[T], values: Mapping[str, Any], what: str, strict: bool = False) -> T:
+    """Build ``cls`` from ``values``; unless ``strict``, strings are coerced to the field's type ("0.7" → 0.7).
 
     ``what`` names the kind of thing in errors ("setting", "sampling parameter").
     Raises InvalidArgument naming the field, the value given and what is accepted.
@@ -50,14 +51,21 @@ def convert(cls: type[T], values: Mapping[str, Any], what: str) -> T:
         if name not in fields:
             raise InvalidArgument(f"unknown {what} {show(name)}; accepted: {', '.join(sorted(fields))}")
     try:
-        return msgspec.convert(dict(values), cls, strict=False)
+        return msgspec.convert(dict(values), cls, strict=strict, str_keys=True)
     except msgspec.ValidationError as error:
         message = str(error)
+        if missing := _MISSING.fullmatch(message):
+            raise InvalidArgument(f"{what} {missing[1]!r} is missing") from None
         match = _AT.search(message)
         if match is None:
             raise InvalidArgument(message) from None
-        name = match[1]
-        accepted = message[: match.start()].replace("Expected ", "").split(", got")[0].replace("`", "")
+        place, name = match.groups()
+        complaint = message[: match.start()].replace("`", "")
+        given = f"{what} {name!r} is {show(values.get(name))}"
+        where = f" (at {place})" if place != name else ""
+        if not complaint.startswith("Expected "):
+            raise InvalidArgument(f"{given}: {complaint[0].lower()}{complaint[1:]}{where}") from None
+        accepted = complaint.removeprefix("Expected ").split(", got")[0]
         if choices := literal_choices(cls, name):
             accepted = " or ".join(choices)
-        raise InvalidArgument(f"{what} {name!r} is {show(values.get(name))}; accepted: {accepted}") from None
+        raise InvalidArgument(f"{given}; accepted: {accepted}{where}") from None

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from radix_backend.bench.light_client import LightClient, Load
 from radix_backend.bench.processes import cpu_seconds, free_ports, triton_processes
-from radix_backend.cli.server_process import Ports, ServerProcess
+from radix_backend.cli.ports import Ports
+from radix_backend.cli.server_process import ServerProcess
 from radix_backend.cli.tritonserver import find_server
 
 MODEL = "floor"

@@ -1,6 +1,7 @@
 """A gRPC client that costs next to nothing: responses stay bytes. Runs in its own process, driven over stdin/stdout.
 
-``python -m radix_backend.bench.light_client URL MODEL`` reads one JSON `Load` a line, answers each with a `Result`.
+``python -m radix_backend.bench.light_client triton|openai URL MODEL`` (openai: over HTTP, see `light_http`) reads one
+JSON `Load` a line, answers each with a `Result`.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ class Result(msgspec.Struct):
 class LightClient:
     """This module in a process of its own."""
 
-    def __init__(self, url: str, model: str) -> None:
-        command = [sys.executable, "-m", "radix_backend.bench.light_client", url, model]
+    def __init__(self, url: str, model: str, kind: str = "triton") -> None:
+        command = [sys.executable, "-m", "radix_backend.bench.light_client", kind, url, model]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def run(self, load: Load) -> Result:
@@ -114,9 +115,12 @@ def stream_all(url: str, model: str, load: Load) -> Result:
 
 
 def main() -> None:
-    url, model = sys.argv[1:]
+    kind, url, model = sys.argv[1:]
+    stream = stream_all
+    if kind == "openai":
+        from radix_backend.bench.light_http import stream_all as stream
     for line in sys.stdin.buffer:
-        result = stream_all(url, model, msgspec.json.decode(line, type=Load))
+        result = stream(url, model, msgspec.json.decode(line, type=Load))
         sys.stdout.buffer.write(msgspec.json.encode(result) + b"\n")
         sys.stdout.buffer.flush()
 

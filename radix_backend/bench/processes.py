@@ -55,6 +55,12 @@ def triton_processes(ancestor: int) -> dict[str, int]:
     return found
 
 
+def openai_process(ancestor: int) -> dict[str, int]:
+    """The ``door`` that `radix-backend serve --openai-port` has started."""
+    (pid,) = (pid for pid, line in command_lines().items() if " openai --" in line and _descends(pid, ancestor))
+    return {"door": pid}
+
+
 def sidecar_processes(config: EngineConfig) -> dict[str, int]:
     """``gateway`` and ``engine`` of the sidecar that serves ``config``."""
     run_dir = str(RunDir.of(config).path)

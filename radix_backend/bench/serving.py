@@ -1,4 +1,4 @@
-"""What Triton costs: the same engine driven through gRPC streams and directly, in turns, in one run.
+"""What doors cost: the same engine driven through Triton's gRPC, through OpenAI's API and directly, in turns.
 
 ``python -m radix_backend.bench.serving [--streams 16] [--max-tokens 128] [--rounds 3] [--json FILE]`` starts a server
 of its own (settings after ``--`` go to ``radix-backend serve``) and reports the CPU time that each process spends on a
@@ -26,7 +26,7 @@ from typing import Any
 
 from radix_backend.bench.floor import floor_us_per_response
 from radix_backend.bench.light_client import LightClient, Load, Result
-from radix_backend.bench.processes import cpu_seconds, free_ports, sidecar_processes, triton_processes
+from radix_backend.bench.processes import cpu_seconds, free_ports, openai_process, sidecar_processes, triton_processes
 from radix_backend.client import EngineClient
 from radix_backend.config import EngineConfig
 from radix_backend.errors import RadixError
@@ -34,7 +34,7 @@ from radix_backend.sampling_params import SamplingParams
 from radix_backend.sidecar.sink import Delta
 
 PROMPT_TOKENS = 64
-OUTSIDE = ("tritonserver", "stub", "gateway")
+OUTSIDE = {"triton": ("tritonserver", "stub", "gateway"), "openai": ("door", "gateway")}
 START_TIMEOUT = 600.0  # seconds; the first start converts the model
 
 
@@ -80,18 +80,27 @@ class Bench:
     """A served model, a client process and a direct client of the same engine."""
 
     def __init__(self, settings: list[str], config: EngineConfig) -> None:
-        http, grpc, metrics = free_ports(3)
-        ports = ["--http-port", str(http), "--grpc-port", str(grpc), "--metrics-port", str(metrics)]
+        http, grpc, metrics, openai = free_ports(4)
+        ports = [f"--http-port={http}", f"--grpc-port={grpc}", f"--metrics-port={metrics}", f"--openai-port={openai}"]
         command = [sys.executable, "-m", "radix_backend.cli", "serve", "--no-example", *ports, *settings]
         self.server = subprocess.Popen(command)
         self.engine = EngineClient(config)
         self.engine.wait_ready(START_TIMEOUT)
         _wait_served(f"http://127.0.0.1:{http}/v2/models/radix/ready", self.server)
-        self.client = LightClient(f"127.0.0.1:{grpc}", "radix")
-        self.processes = {**triton_processes(self.server.pid), **sidecar_processes(config)}
+        _wait_served(f"http://127.0.0.1:{openai}/health", self.server)
+        self.clients = {
+            "triton": LightClient(f"127.0.0.1:{grpc}", "radix"),
+            "openai": LightClient(f"127.0.0.1:{openai}", "radix", "openai"),
+        }
+        self.processes = {
+            **triton_processes(self.server.pid),
+            **openai_process(self.server.pid),
+            **sidecar_processes(config),
+        }
 
     def close(self) -> None:
-        self.client.__exit__()
+        for client in self.clients.values():
+            client.__exit__()
         self.engine.close()
         self.server.terminate()
         self.server.wait(30)
@@ -130,7 +139,7 @@ class Tally:
 
 
 def measure(bench: Bench, streams: int, max_tokens: int, rounds: int) -> dict[str, Any]:
-    """Rounds of offline and Triton, in turns, each with prompts of its own so that no cache helps."""
+    """Rounds of each way, in turns, each with prompts of its own so that no cache helps."""
     numbers = random.Random(0)
 
     def load(tokens: int) -> Load:
@@ -138,7 +147,7 @@ def measure(bench: Bench, streams: int, max_tokens: int, rounds: int) -> dict[st
 
     ways: dict[str, Callable[[Load], Result]] = {
         "offline": partial(offline, bench.engine),
-        "triton": bench.client.run,
+        **{name: client.run for name, client in bench.clients.items()},
     }
     tallies = {name: Tally() for name in ways}
     for way in ways.values():
@@ -158,17 +167,18 @@ def measure(bench: Bench, streams: int, max_tokens: int, rounds: int) -> dict[st
             tally.cpu.update({process: cpu_seconds(pid) - cpu[process] for process, pid in bench.processes.items()})
     report: dict[str, Any] = {"streams": streams, "max_tokens": max_tokens, "rounds": rounds}
     report |= {name: tally.report() for name, tally in tallies.items()}
-    through = report["triton"]
-    report["tokens_per_response"] = tallies["triton"].tokens / tallies["triton"].responses
-    report["outside_engine_us_per_token"] = sum(through["cpu_us_per_token"][p] for p in OUTSIDE)
-    report["throughput_ratio"] = through["tok_s"] / report["offline"]["tok_s"]
-    report["floor_us_per_response"] = floor_us_per_response(load(max_tokens), streams / through["tok_s"])
+    for name, outside in OUTSIDE.items():
+        through = report[name]
+        through["tokens_per_response"] = tallies[name].tokens / tallies[name].responses
+        through["outside_engine_us_per_token"] = sum(through["cpu_us_per_token"][process] for process in outside)
+        through["throughput_ratio"] = through["tok_s"] / report["offline"]["tok_s"]
+    report["floor_us_per_response"] = floor_us_per_response(load(max_tokens), streams / report["triton"]["tok_s"])
     return report
 
 
 def show(report: dict[str, Any]) -> str:
     lines = [f"{report['streams']} streams x {report['max_tokens']} tokens, {report['rounds']} rounds each"]
-    for name in ("offline", "triton"):
+    for name in ("offline", *OUTSIDE):
         entry = report[name]
         cpu = "  ".join(f"{process} {us:.0f}" for process, us in entry["cpu_us_per_token"].items())
         lines += [
@@ -176,13 +186,15 @@ def show(report: dict[str, Any]) -> str:
             f"          CPU us/token: {cpu}",
             f"          engine's own Python: {entry['engine_python_us_per_step']:.0f} us/step",
         ]
+        if name in OUTSIDE:
+            outside = f"({' + '.join(OUTSIDE[name])}): {entry['outside_engine_us_per_token']:.0f} us/token"
+            lines += [
+                f"          CPU outside the engine {outside}",
+                f"          tokens per response: {entry['tokens_per_response']:.2f}",
+                f"          throughput over offline: {entry['throughput_ratio']:.3f}",
+            ]
     floor = "  ".join(f"{process} {us:.0f}" for process, us in report["floor_us_per_response"].items())
-    lines += [
-        f"tokens per response: {report['tokens_per_response']:.2f}",
-        f"CPU outside the engine ({' + '.join(OUTSIDE)}): {report['outside_engine_us_per_token']:.0f} us/token",
-        f"CPU of a model with no engine at the same pace: {floor} us/response",
-        f"throughput, Triton over offline: {report['throughput_ratio']:.3f}",
-    ]
+    lines.append(f"CPU of a Triton model with no engine at the same pace: {floor} us/response")
     return "\n".join(lines)
 
 

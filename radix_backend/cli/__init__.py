@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from radix_backend.cli import bench, chat, doctor, engine, env, prebuild, profile, serve, top
+from radix_backend.cli import bench, chat, doctor, engine, env, openai, prebuild, profile, serve, top
 from radix_backend.errors import InvalidArgument, RadixError, Unsupported
 from radix_backend.version import __version__
 
@@ -16,6 +16,7 @@ examples:
   radix-backend serve                          the embedded model on Triton's ports
   radix-backend serve --model ./Qwen3-0.6B --http-port 9000
   radix-backend chat                           talk to it, from another terminal
+  radix-backend openai                         OpenAI's API alone, without Triton
   radix-backend doctor                         what is missing on this machine
   eval "$(radix-backend env)" && tritonserver --model-repository model_repository
 
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"radix-backend {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (serve, engine, chat, top, bench, profile, prebuild, doctor, env):
+    for command in (serve, openai, engine, chat, top, bench, profile, prebuild, doctor, env):
         command.add_parser(commands)
     parsed = parser.parse_args(arguments)
     try:

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from radix_backend.cli.extras import extra
+from radix_backend.cli.openai import OpenAIProcess, check_packages
 from radix_backend.cli.settings import add_settings, given_settings, spell_settings
-from radix_backend.cli.terminal import Terminal
+from radix_backend.cli.terminal import EngineLog, EngineProgress, Terminal
 from radix_backend.cli.tritonserver import PYTHON, find_server
 from radix_backend.client import EngineClient
 from radix_backend.config import EngineConfig, radix_home
 from radix_backend.errors import InvalidArgument, Unavailable
-from radix_backend.protocol import Status
 
 _EPILOG = """\
 examples:
@@ -51,6 +51,13 @@ def add_parser(commands: Any) -> None:
         help="answer GET /healthz there: 200, or 503 with the reason (default: 0, nowhere)",
     )
     parser.add_argument(
+        "--openai-port",
+        type=int,
+        default=0,
+        metavar="PORT",
+        help="serve OpenAI's API there, on the same engine (default: 0, nowhere); its key is RADIX_API_KEY",
+    )
+    parser.add_argument(
         "--model-repository",
         type=Path,
         metavar="DIR",
@@ -66,17 +73,26 @@ def run(arguments: argparse.Namespace) -> int:
     with extra("server"):
         from radix_backend.cli.example import QUESTION, answer
         from radix_backend.cli.health import HealthServer, server_ailment
+        from radix_backend.cli.ports import Ports
         from radix_backend.cli.repository import MODEL, Repository
-        from radix_backend.cli.server_process import Ports, ServerEnded, ServerProcess
+        from radix_backend.cli.server_process import EXIT_SECONDS, ServerEnded, ServerProcess
         from radix_backend.cli.stubs import StubWatch
 
     repository = Repository(arguments.model_repository)
     flags = given_settings(arguments)
-    config = EngineConfig.parse(repository.settings() | flags)
+    settings = repository.settings() | flags
+    config = EngineConfig.parse(settings)
     ports = Ports(
-        arguments.host, arguments.http_port, arguments.grpc_port, arguments.metrics_port, arguments.health_port
+        arguments.host,
+        arguments.http_port,
+        arguments.grpc_port,
+        arguments.metrics_port,
+        arguments.health_port,
+        arguments.openai_port,
     )
     ports.check()
+    if ports.openai:
+        check_packages()
     server = find_server()
     if server.stub_python() not in (None, PYTHON):
         raise InvalidArgument(
@@ -87,11 +103,18 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         with _stop_signals(), contextlib.ExitStack() as running:
             terminal.say(f"tritonserver: {server.binary}")
-            client = EngineClient(config, on_log=_Log(terminal), on_status=_Progress(terminal))
+            client = EngineClient(config, on_log=EngineLog(terminal), on_status=EngineProgress(terminal))
             running.callback(client.close, linger=False)
             log = radix_home() / "logs" / f"tritonserver-{ports.http}.log"
+            door = None
+            if ports.openai:
+                spelled = spell_settings(config, list(settings))
+                door = OpenAIProcess(ports, MODEL, config, spelled, drain=EXIT_SECONDS / 2)
+                running.callback(door.stop)
             triton = ServerProcess(server, repository.path, ports, log)
             running.callback(triton.stop)
+            if door:
+                running.callback(door.terminate)  # both drain at the same time
             triton.wait_live()
             override = repository.config_with(spell_settings(config, list(flags))) if flags else None
             triton.load(MODEL, override)
@@ -109,7 +132,7 @@ def run(arguments: argparse.Namespace) -> int:
                 print(flush=True)
             if not arguments.once:
                 terminal.say(_directions(ports.address(ports.http), ports.address(ports.grpc), ports, log))
-                triton.wait(lambda: _look_after(client, triton, stubs, override, terminal))
+                triton.wait(lambda: _look_after(client, triton, stubs, door, override, terminal))
     except _Stop:
         pass
     except ServerEnded as error:
@@ -125,11 +148,20 @@ def _wait_ready(client: EngineClient, triton: Any) -> None:
             client.wait_ready(0.2)
 
 
-def _look_after(client: EngineClient, triton: Any, stubs: Any, override: str | None, terminal: Terminal) -> None:
+def _look_after(
+    client: EngineClient,
+    triton: Any,
+    stubs: Any,
+    door: OpenAIProcess | None,
+    override: str | None,
+    terminal: Terminal,
+) -> None:
     from radix_backend.cli.repository import MODEL
 
     if client.status.state == "failed":
         raise Unavailable(f"the engine failed: {client.status.detail}")
+    if door is not None:
+        door.look_after(terminal)
     if stubs.died():
         terminal.say("the model's stub died; loading the model again")
         triton.reload(MODEL, override)
@@ -138,9 +170,10 @@ def _look_after(client: EngineClient, triton: Any, stubs: Any, override: str | N
 
 def _directions(http: str, grpc: str, ports: Any, log: Path) -> str:
     body = '{"text_input": "The capital of France is", "stream": true, "max_tokens": 32, "temperature": 0}'
+    openai = f"\nOpenAI's API: http://{ports.address(ports.openai)}/v1" if ports.openai else ""
     example = Path(__file__).resolve().parents[2] / "client_examples" / "grpc_stream.py"
     return f"""
-Serving 'radix': HTTP http://{http}, gRPC {grpc}, metrics http://{ports.address(ports.metrics)}/metrics
+Serving 'radix': HTTP http://{http}, gRPC {grpc}, metrics http://{ports.address(ports.metrics)}/metrics{openai}
 tritonserver's log: {log}
 
 Try, from another terminal:
@@ -170,30 +203,3 @@ def _stop_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-class _Log:
-    """Shows the engine's warnings and errors."""
-
-    def __init__(self, terminal: Terminal) -> None:
-        self._terminal = terminal
-
-    def __call__(self, level: str, source: str, line: str) -> None:
-        if level in ("warning", "error"):
-            self._terminal.say(f"{source}: {level}: {line}")
-
-
-class _Progress:
-    """Shows what the engine is doing until it is ready, and that it has to start again."""
-
-    def __init__(self, terminal: Terminal) -> None:
-        self._terminal = terminal
-
-    def __call__(self, status: Status) -> None:
-        text = f"engine: {status.detail or status.state}"
-        if status.state == "starting":
-            self._terminal.waiting(text)
-        elif status.state == "restarting":
-            self._terminal.say(f"engine restarts: {status.detail}")
-        elif status.state == "ready":
-            self._terminal.say("engine: ready")

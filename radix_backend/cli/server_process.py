@@ -7,16 +7,15 @@ import ctypes
 import os
 import re
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import tritonclient.grpc
 from tritonclient.utils import InferenceServerException
 
+from radix_backend.cli.ports import Ports
 from radix_backend.cli.tritonserver import Server
 from radix_backend.errors import InvalidArgument, RadixError, Unavailable
 
@@ -26,30 +25,6 @@ _START_SECONDS = 120.0
 _ANSWER_SECONDS = 5.0
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)  # loaded here: between fork and exec as little as possible is done
-
-
-@dataclass(frozen=True)
-class Ports:
-    host: str
-    http: int
-    grpc: int
-    metrics: int
-    health: int = 0  # 0: none
-
-    def check(self) -> None:
-        """Raise InvalidArgument unless all can be listened on."""
-        flags = {"--http-port": self.http, "--grpc-port": self.grpc, "--metrics-port": self.metrics}
-        if self.health:
-            flags["--health-port"] = self.health
-        if len(set(flags.values())) < len(flags):
-            raise InvalidArgument(f"{', '.join(f'{flag} {port}' for flag, port in flags.items())} must differ")
-        for flag, port in flags.items():
-            _check_port(self.host, flag, port)
-
-    def address(self, port: int) -> str:
-        """Where a client on this machine connects."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 class ServerProcess:
@@ -158,21 +133,6 @@ class ServerEnded(RadixError):
         lines = log.read_text(errors="replace").splitlines()
         errors = [line for line in lines if line.startswith(("E", "error"))][-5:]
         super().__init__("\n  ".join([f"tritonserver {how}; its log is {log}", *errors]))
-
-
-def _check_port(host: str, flag: str, port: int) -> None:
-    if not 0 < port < 65536:
-        raise InvalidArgument(f"{flag} is {port}; accepted: 1 to 65535")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            message = (
-                f"{flag} is {port}, which cannot be listened on at {host} ({error.strerror}); accepted: a free port"
-            )
-            raise InvalidArgument(message) from None
 
 
 def _shared_memory(pid: int) -> set[Path]:

@@ -7,6 +7,8 @@ import threading
 import time
 from typing import TextIO
 
+from radix_backend.protocol import Status
+
 _CLEAR = "\r\x1b[K"
 _SPACING = 5.0  # seconds between lines about the same wait where no terminal shows progress
 
@@ -48,6 +50,33 @@ class Terminal:
             print(_CLEAR, end="", file=self._stream, flush=True)
         if self._live:
             self._shown = ""
+
+
+class EngineLog:
+    """Shows the engine's warnings and errors."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        self._terminal = terminal
+
+    def __call__(self, level: str, source: str, line: str) -> None:
+        if level in ("warning", "error"):
+            self._terminal.say(f"{source}: {level}: {line}")
+
+
+class EngineProgress:
+    """Shows what the engine is doing until it is ready, and that it has to start again."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        self._terminal = terminal
+
+    def __call__(self, status: Status) -> None:
+        text = f"engine: {status.detail or status.state}"
+        if status.state == "starting":
+            self._terminal.waiting(text)
+        elif status.state == "restarting":
+            self._terminal.say(f"engine restarts: {status.detail}")
+        elif status.state == "ready":
+            self._terminal.say("engine: ready")
 
 
 def _kind(text: str) -> str:

@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from radix_backend.client import EngineClient
 from radix_backend.errors import Unavailable
-from radix_backend.triton.metrics import ENGINE
+from radix_backend.metrics.families import ENGINE
 
 _ANSWER_SECONDS = 5.0
 _USAGE = "radix:kv_cache_usage_perc"

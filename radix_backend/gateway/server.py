@@ -321,7 +321,7 @@ class Gateway:
             size = len(message.ids)
         self._run(job, size)
 
-    def _answer(self, message: RenderChat | Tokenize | Detokenize) -> str | list[int]:
+    def _answer(self, message: RenderChat | Tokenize | Detokenize) -> str | list[int] | list[str]:
         if isinstance(message, RenderChat):
             return self._chat.render(message.messages, message.add_generation_prompt, message.variables)
         if isinstance(message, Tokenize):
@@ -330,7 +330,7 @@ class Gateway:
         for token in message.ids:
             if not 0 <= token < self._model.vocab_size:
                 raise InvalidArgument(f"'ids' holds {token}; accepted: 0 to {self._model.vocab_size - 1}")
-        return self._codec.decode(message.ids)
+        return self._codec.pieces(message.ids) if message.pieces else self._codec.decode(message.ids)
 
     def _run(self, job: Callable[[], Callable[[], None]], size: int) -> None:
         if size < _LONG_TEXT:

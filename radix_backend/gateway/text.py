@@ -72,6 +72,14 @@ class TextCodec:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
         return text
 
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """What each token adds to the text of all: "" for a special one, and for one that leaves a character open."""
+        detokenizer = self.detokenizer()
+        pieces = [detokenizer.push(token) for token in ids]
+        if pieces:
+            pieces[-1] += detokenizer.flush()
+        return pieces
+
     def detokenizer(self, skip_special_tokens: bool = True) -> Detokenizer:
         """A decoder for one new stream."""
         return self._detokenizers[skip_special_tokens]()

@@ -35,6 +35,31 @@ class Delta(msgspec.Struct, frozen=True):
         return FINISH_REASONS[self.finish]
 
 
+class Choice:
+    """One completion: how it stands, and what was not sent of it yet (the tokens of one step or several)."""
+
+    def __init__(self) -> None:
+        self.finish = RUNNING
+        self.receipt: Receipt | None = None
+        self.cumulative_logprob = 0.0
+        self.clear()
+
+    def clear(self) -> None:
+        """The response is sent."""
+        self.text: list[str] = []
+        self.token_ids: list[int] = []
+        self.logprobs: list[list[Logprob]] = []
+
+    def add(self, delta: Delta) -> None:
+        if delta.text:
+            self.text.append(delta.text)
+        self.token_ids += delta.token_ids.tolist()
+        if delta.logprobs:
+            self.logprobs += delta.logprobs
+            self.cumulative_logprob += sum(token.logprob for token, *_ in delta.logprobs)
+        self.finish, self.receipt = delta.finish, delta.receipt
+
+
 class Sink(Protocol):
     """Receives one request's results, on the client's I/O thread: be quick, and call no blocking client method."""
 
@@ -43,3 +68,19 @@ class Sink(Protocol):
 
     def on_error(self, error: RadixError) -> None:
         """The request ended without a result. The last call."""
+
+
+def by_token_id(token: list[Logprob]) -> dict[str, dict[str, object]]:
+    """As vLLM shows the log probabilities of a token.
+
+    The token itself comes first, by which clients know it, and beats a likeliest of its id.
+    """
+    entries: dict[str, dict[str, object]] = {}
+    for entry in token:
+        shown: dict[str, object] = {
+            "logprob": entry.logprob,
+            "rank": entry.rank,
+            "decoded_token": entry.decoded_token,
+        }
+        entries.setdefault(str(entry.token_id), shown)
+    return entries

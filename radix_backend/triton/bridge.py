@@ -15,9 +15,9 @@ import numpy.typing as npt
 
 from radix_backend.client import EngineClient
 from radix_backend.errors import RadixError, Unavailable
+from radix_backend.metrics.recorder import Recorder
 from radix_backend.protocol import STOP
 from radix_backend.sidecar.sink import Delta
-from radix_backend.triton.recorder import Recorder
 from radix_backend.triton.request import HEALTH_CHECK, is_health_check, parse
 from radix_backend.triton.slot import Slot, Wire
 

@@ -15,11 +15,12 @@ import triton_python_backend_utils as pb_utils
 
 from radix_backend.client import EngineClient
 from radix_backend.errors import RadixError
+from radix_backend.metrics.publisher import Publisher
+from radix_backend.metrics.recorder import Recorder
 from radix_backend.protocol import Status
 from radix_backend.triton.bridge import Bridge, suitable_senders
 from radix_backend.triton.lifecycle import Lifecycle
-from radix_backend.triton.publisher import Identity, Publisher
-from radix_backend.triton.recorder import Recorder
+from radix_backend.triton.series import Turn, identify
 from radix_backend.triton.settings import load_config
 from radix_backend.triton.tensors import declare
 
@@ -53,8 +54,8 @@ class TritonPythonModel:
         self._bridge = Bridge(
             self._client, config.namespace, recorder, lifecycle.ending, lifecycle.arrive, suitable_senders()
         )
-        identity = Identity(args, model_config.get("instance_group") or [])
-        self._publisher = Publisher(self._client, recorder, identity, pb_utils.MetricFamily)
+        identity = identify(args, model_config.get("instance_group") or [])
+        self._publisher = Publisher(self._client, recorder, identity, pb_utils.MetricFamily, Turn(identity.labels))
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:

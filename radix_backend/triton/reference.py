@@ -15,9 +15,9 @@ import msgspec
 from msgspec import NODEFAULT, inspect
 
 from radix_backend.config import EngineConfig
+from radix_backend.metrics.families import ENGINE, HISTOGRAM, REQUEST, Family
+from radix_backend.metrics.publisher import SAMPLES
 from radix_backend.sampling_params import SamplingParams
-from radix_backend.triton.metrics import ENGINE, HISTOGRAM, REQUEST, Family
-from radix_backend.triton.publisher import SAMPLES
 from radix_backend.triton.tensors import INPUTS, OUTPUTS, Tensor
 from radix_backend.validation import literal_choices
 

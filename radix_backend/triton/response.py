@@ -9,36 +9,11 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from radix_backend.protocol import FINISH_REASONS, RUNNING, Logprob, Receipt
-from radix_backend.sidecar.sink import Delta
+from radix_backend.protocol import FINISH_REASONS, Logprob, Receipt
+from radix_backend.sidecar.sink import Choice, Delta, by_token_id
 from radix_backend.triton.request import Request
 
 Array = npt.NDArray[Any]
-
-
-class Choice:
-    """One completion: how it stands, and what the next response carries of it (the tokens of one step or several)."""
-
-    def __init__(self) -> None:
-        self.finish = RUNNING
-        self.receipt: Receipt | None = None
-        self.cumulative_logprob = 0.0
-        self.clear()
-
-    def clear(self) -> None:
-        """The response is sent."""
-        self.text: list[str] = []
-        self.token_ids: list[int] = []
-        self.logprobs: list[list[Logprob]] = []
-
-    def add(self, delta: Delta) -> None:
-        if delta.text:
-            self.text.append(delta.text)
-        self.token_ids += delta.token_ids.tolist()
-        if delta.logprobs:
-            self.logprobs += delta.logprobs
-            self.cumulative_logprob += sum(token.logprob for token, *_ in delta.logprobs)
-        self.finish, self.receipt = delta.finish, delta.receipt
 
 
 class Answer:
@@ -117,20 +92,7 @@ def _bytes(texts: Sequence[str | bytes]) -> Array:
 
 def _logprobs(tokens: Sequence[list[Logprob] | None]) -> bytes:
     """A JSON list with an object a token, as vllm_backend writes it."""
-    return msgspec.json.encode([token and _by_id(token) for token in tokens])
-
-
-def _by_id(token: list[Logprob]) -> dict[str, dict[str, object]]:
-    """The token itself comes first, by which clients know it, and beats a likeliest of its id."""
-    entries: dict[str, dict[str, object]] = {}
-    for entry in token:
-        shown: dict[str, object] = {
-            "logprob": entry.logprob,
-            "rank": entry.rank,
-            "decoded_token": entry.decoded_token,
-        }
-        entries.setdefault(str(entry.token_id), shown)
-    return entries
+    return msgspec.json.encode([token and by_token_id(token) for token in tokens])
 
 
 def _receipt(receipts: Sequence[Receipt], namespace: str) -> bytes:

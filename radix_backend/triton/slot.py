@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import numpy.typing as npt
 
 from radix_backend.errors import RadixError
+from radix_backend.metrics.recorder import Recorder
 from radix_backend.sidecar.sink import Delta
-from radix_backend.triton.recorder import Recorder
 from radix_backend.triton.request import Request
 from radix_backend.triton.response import Answer, size
 

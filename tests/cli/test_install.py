@@ -37,7 +37,7 @@ def resolved(tmp_path: Path, extras: str) -> dict[str, str]:
 
 
 def test_the_gpu_install_resolves_to_torch_with_cuda_and_a_numpy_that_the_stub_bears(tmp_path: Path) -> None:
-    found = resolved(tmp_path, "cuda,server")
+    found = resolved(tmp_path, "cuda,server,openai")
     assert not found["torch"].endswith("+cpu")
     assert any(name.startswith("nvidia-cu") for name in found)
     assert found["numpy"].startswith("1.")

@@ -11,10 +11,10 @@ import pytest
 
 from radix_backend.client import Sink
 from radix_backend.errors import Cancelled, RadixError, Unavailable
+from radix_backend.metrics.recorder import Recorder
 from radix_backend.protocol import LENGTH, RUNNING, Receipt
 from radix_backend.sidecar.sink import Delta
 from radix_backend.triton.bridge import Bridge
-from radix_backend.triton.recorder import Recorder
 from radix_backend.triton.slot import SPLIT_BYTES
 from tests.triton.server import eventually
 

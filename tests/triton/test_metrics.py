@@ -20,10 +20,10 @@ import pytest
 import tritonclient.utils
 
 from radix_backend.client import EngineClient
+from radix_backend.metrics.families import ENGINE, REQUEST
+from radix_backend.metrics.publisher import PUSH_SECONDS
 from radix_backend.protocol import LENGTH
 from radix_backend.sampling_params import SamplingParams
-from radix_backend.triton.metrics import ENGINE, REQUEST
-from radix_backend.triton.publisher import PUSH_SECONDS
 from tests.sidecar.sinks import Recorder
 from tests.triton.requests import GREEDY, Stream, joined, stream, text_of
 from tests.triton.scrape import Metrics, page

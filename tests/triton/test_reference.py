@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from radix_backend.config import EngineConfig
+from radix_backend.metrics.families import ENGINE, REQUEST
 from radix_backend.sampling_params import SamplingParams
-from radix_backend.triton.metrics import ENGINE, REQUEST
 from radix_backend.triton.reference import TABLES, fill, tables_in
 from radix_backend.triton.tensors import INPUTS, OUTPUTS
 

@@ -1,29 +1,18 @@
-"""Brings metrics to Triton about once a second, off the path of tokens: an update is a round trip to the server.
-
-Triton counts the users of a series by model instance, not together: two instances with the same labels share it, and
-the one that is unloaded first takes it away from the other, which then writes to freed memory (core,
-src/metric_family.cc). So no two stubs ever have the same series at the same time: instances beyond the first label
-theirs with ``model_instance``, and after a reload the new stub waits until the old one has deleted its own (`Turn`).
-"""
+"""Brings metrics to whoever exposes them, about once a second, off the path of tokens."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import logging
-import os
 import random
-import socket
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from radix_backend.client import EngineClient
 from radix_backend.errors import RadixError
-from radix_backend.triton.metrics import (
+from radix_backend.metrics.families import (
     COUNTER,
     ENGINE,
     ENGINE_RESTARTS,
@@ -35,48 +24,45 @@ from radix_backend.triton.metrics import (
     Family,
     Figures,
 )
-from radix_backend.triton.recorder import Recorder
+from radix_backend.metrics.recorder import Recorder
 
 PUSH_SECONDS = 1.0
-# An observation costs the stub about 20 µs of CPU, nearly as much as a response, and Triton takes them one by one. So
-# of what happens for every token, or every response, no more than this many are observed a push.
+# An observation costs Triton's stub about 20 µs of CPU, nearly as much as a response, and Triton takes them one by one.
+# So of what happens for every token, or every response, no more than this many are observed a push.
 SAMPLES = 1000
 _CLOSE_SECONDS = 5.0
 
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
 class Identity:
-    """Which series are an instance's: ``labels`` of them all, and whether it ``speaks_for_engine``.
+    """Which series are the publisher's."""
 
-    ``args`` are those of Triton's `initialize`, ``groups`` is the model configuration's ``instance_group``.
-    """
+    labels: dict[str, str]  # of them all
+    speaks_for_engine: bool = True  # whether what the engine does is among them
 
-    def __init__(self, args: Mapping[str, str], groups: list[dict[str, Any]]) -> None:
-        name = args["model_instance_name"]
-        group: dict[str, Any] = groups[0] if groups else {"name": name}
-        self.speaks_for_engine = name in (
-            f"{group['name']}_0",
-            group["name"],
-        )  # older servers do not number a single one
-        if args["model_instance_kind"] == "GPU":  # the instances of a group on all its devices have the same name
-            device = args["model_instance_device_id"]
-            self.speaks_for_engine &= device == str((group.get("gpus") or [device])[0])
-            name += f"_gpu{device}"
-        self.labels = {"model": args["model_name"], "version": args["model_version"]}
-        if not self.speaks_for_engine:
-            self.labels["model_instance"] = name
+
+class Turn(Protocol):
+    """The right to one's series, where another process may still have them."""
+
+    def take(self) -> bool: ...
+
+    def give_back(self) -> None: ...
 
 
 class Publisher:
-    """Publishes for one model instance until it is closed."""
+    """Publishes for one model instance, or another door, until it is closed."""
 
-    def __init__(self, client: EngineClient, recorder: Recorder, identity: Identity, api: Any) -> None:
-        """``api`` is `pb_utils.MetricFamily`."""
+    def __init__(
+        self, client: EngineClient, recorder: Recorder, identity: Identity, api: Any, turn: Turn | None = None
+    ) -> None:
+        """``api`` is `pb_utils.MetricFamily` or what does as it does. Nothing is published before ``turn`` comes."""
         self._client = client
         self._recorder = recorder
         self._identity = identity
         self._api = api
+        self._turn = turn
         self._figures: Figures | None = None  # the engine's latest
         self._totals = Totals(time.time())
         self._closing = threading.Event()
@@ -100,8 +86,7 @@ class Publisher:
             self._closing.wait(PUSH_SECONDS)
 
     def _run(self) -> None:
-        turn = Turn(self._identity.labels)
-        while not turn.take():
+        while self._turn is not None and not self._turn.take():
             if self._closing.wait(PUSH_SECONDS):
                 return
         try:
@@ -118,7 +103,8 @@ class Publisher:
             _log.exception("metrics of this model stop")
         finally:
             series.delete()
-            turn.give_back()
+            if self._turn is not None:
+                self._turn.give_back()
 
     def _push(self, series: _Series) -> None:
         observed: dict[tuple[Family, str], list[float]] = defaultdict(list)
@@ -189,10 +175,10 @@ def observe_steps(histogram: Any, new: Figures) -> None:
 
 
 class _Series:
-    """The metrics of one instance in Triton, by family and value of the label. All begin at 0."""
+    """The metrics of one publisher, by family and value of the label. All begin at 0."""
 
     def __init__(self, api: Any, identity: Identity) -> None:
-        """Raises TritonModelException."""
+        """Raises what the API does."""
         self._families = []  # a Metric does not keep its family alive
         self._metrics: dict[tuple[Family, str], Any] = {}
         for family in (ENGINE + REQUEST) if identity.speaks_for_engine else REQUEST:
@@ -210,36 +196,3 @@ class _Series:
         """Metrics first: Triton must not see a family go that has some."""
         self._metrics.clear()
         self._families.clear()
-
-
-class Turn:
-    """The right to the series of these labels, held by one stub of a server at a time.
-
-    It is an abstract socket address, which the kernel frees with the process, however that ends.
-    """
-
-    def __init__(self, labels: Mapping[str, str]) -> None:
-        server = os.getppid()
-        with contextlib.suppress(OSError):  # process ids alone are no names where containers share a network
-            stat = Path(f"/proc/{server}/stat").read_text()
-            server_start = stat.rpartition(")")[2].split()[19]
-            labels = {**labels, "server_start": server_start}
-        key = repr((os.getuid(), server, sorted(labels.items())))
-        self._address = "\0radix-metrics-" + hashlib.sha256(key.encode()).hexdigest()
-        self._socket: socket.socket | None = None
-
-    def take(self) -> bool:
-        """False while another stub has it."""
-        held = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            held.bind(self._address)
-        except OSError:
-            held.close()
-            return False
-        self._socket = held
-        return True
-
-    def give_back(self) -> None:
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None

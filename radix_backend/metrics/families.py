@@ -1,4 +1,4 @@
-"""Every metric family, once: what Triton exposes and what ``docs/metrics.md`` says are made from this table.
+"""Every metric family, once: what doors expose and what ``docs/metrics.md`` says are made from this table.
 
 The names are vLLM's with our prefix, so that its dashboards need one replacement, and one family is TensorRT-LLM's,
 from which Triton computes its ORCA response header.
@@ -21,7 +21,8 @@ class Family:
     """A metric family. Its series carry ``model`` and ``version``, and one for each of ``values`` where labelled.
 
     With ``read``, a family is about the engine: the function gives the value (a total, if a counter) from the engine's
-    figures. Without, it is about the requests of a model instance, or about what the stub knows of its engine.
+    figures. Without, it is about the requests of a model instance or another door, or about what
+    that knows of its engine.
     """
 
     name: str
@@ -170,20 +171,20 @@ REQUEST_FAILURE = Family(
 TIME_TO_FIRST_TOKEN = Family(
     "radix:time_to_first_token_seconds",
     HISTOGRAM,
-    "From the arrival of a request in the stub to its first token there.",
+    "From the arrival of a request in the door to its first token there.",
     buckets=_LATENCY,
 )
 INTER_TOKEN_LATENCY = Family(
     "radix:inter_token_latency_seconds",
     HISTOGRAM,
-    "Between two successive steps that brought tokens to a request, as they arrive in the stub.",
+    "Between two successive steps that brought tokens to a request, as they arrive in the door.",
     buckets=_LATENCY,
     sampled=True,
 )
 E2E_LATENCY = Family(
     "radix:e2e_request_latency_seconds",
     HISTOGRAM,
-    "From the arrival of a request in the stub to its end there.",
+    "From the arrival of a request in the door to its end there.",
     buckets=_LATENCY,
 )
 QUEUE_TIME = Family(
@@ -204,7 +205,7 @@ TOKENS_PER_RESPONSE = Family(
     sampled=True,
 )
 
-# What each model instance sees of its own requests.
+# What each door sees of its own requests: in Triton, each model instance.
 REQUEST = (
     GENERATION_TOKENS,
     REQUEST_SUCCESS,

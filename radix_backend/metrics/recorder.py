@@ -1,4 +1,4 @@
-"""What a model instance observes of its requests, kept until the publisher takes it.
+"""What a door observes of its requests, kept until the publisher takes it.
 
 On the path of a token: an `append` to a deque, which needs no lock.
 """
@@ -10,9 +10,7 @@ from collections import deque
 from collections.abc import Iterator
 
 from radix_backend.errors import Cancelled, RadixError
-from radix_backend.protocol import FINISH_REASONS
-from radix_backend.sidecar.sink import Delta, Sink
-from radix_backend.triton.metrics import (
+from radix_backend.metrics.families import (
     E2E_LATENCY,
     GENERATION_TOKENS,
     INTER_TOKEN_LATENCY,
@@ -25,6 +23,8 @@ from radix_backend.triton.metrics import (
     TOKENS_PER_RESPONSE,
     Family,
 )
+from radix_backend.protocol import FINISH_REASONS
+from radix_backend.sidecar.sink import Delta, Sink
 
 # While nobody takes, the oldest go: as many as the busiest server observes in some ten seconds.
 LIMIT = 2**18

@@ -1,0 +1,183 @@
+"""``radix-backend openai``: OpenAI's API on an engine, until Ctrl-C; alone, or beside a Triton server."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from radix_backend.cli.ports import Ports, address, check_port
+from radix_backend.cli.settings import add_settings, given_settings
+from radix_backend.cli.terminal import EngineLog, EngineProgress, Terminal
+from radix_backend.client import EngineClient
+from radix_backend.config import EngineConfig, parse_size
+from radix_backend.errors import InvalidArgument, NotFound, Unavailable
+from radix_backend.process import PARENT_PID, die_with_parent, setup_logging
+
+KEY_VARIABLE = "RADIX_API_KEY"
+
+_STOP_SECONDS = 5.0  # beyond its own draining, after which a server that does not stop is killed
+_STEADY_SECONDS = 10.0  # one that ended sooner would end again
+_EPILOG = f"""\
+examples:
+  radix-backend openai                                     the embedded model, on port 8080
+  radix-backend openai --model ./Qwen3-0.6B --host 0.0.0.0 --api-key SECRET
+  radix-backend openai --engine-endpoint /run/radix        join `radix-backend engine --endpoint /run/radix`
+  radix-backend serve --openai-port 8080                   Triton and this on one engine
+
+With the settings of a server that runs already it joins that one's engine. A key on the command line can be seen by
+other users of the machine; in the environment, {KEY_VARIABLE}, it cannot.
+"""
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "openai",
+        help="serve OpenAI's API",
+        description="Serve OpenAI's HTTP API, without Triton or beside it, until SIGTERM or Ctrl-C.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8080, help="(default: 8080)")
+    parser.add_argument(
+        "--served-model-name",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="what requests call the model; may be repeated (default: the model's own name)",
+    )
+    parser.add_argument(
+        "--api-key",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help=f"requests must bring it; may be repeated (default: {KEY_VARIABLE}, or none is needed)",
+    )
+    parser.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="web pages from there may send requests, '*': from anywhere; may be repeated (default: none may)",
+    )
+    parser.add_argument("--max-body", default="16MiB", metavar="SIZE", help="of a request (default: 16MiB)")
+    parser.add_argument("--tls-cert", type=Path, metavar="FILE", help="serve HTTPS with this certificate chain (PEM)")
+    parser.add_argument("--tls-key", type=Path, metavar="FILE", help="and this private key")
+    parser.add_argument(
+        "--drain-seconds",
+        type=float,
+        default=20.0,
+        metavar="SECONDS",
+        help="that running requests have to end when the server is told to stop (default: 20)",
+    )
+    add_settings(parser)
+    parser.set_defaults(run=run)
+
+
+def check_packages() -> None:
+    """Raises NotFound without the extra ``openai``."""
+    for name in ("fastapi", "uvicorn", "prometheus_client"):
+        if find_spec(name) is None:
+            hint = f"{sys.executable} -m pip install 'radix-backend[openai]'"
+            raise NotFound(f"the package {name!r} is missing; run script/server, or: {hint}")
+
+
+def default_name(config: EngineConfig) -> str:
+    """What the model is called: a directory's or a file's own name, or the hub id."""
+    return Path(config.model).name.removesuffix(".gguf") if config.model.startswith("/") else config.model
+
+
+class OpenAIProcess:
+    """This command beside a Triton server whose model is called ``name`` and has these ``settings``."""
+
+    def __init__(
+        self, ports: Ports, name: str, config: EngineConfig, settings: Mapping[str, str], drain: float
+    ) -> None:
+        flags = [f"--{setting.replace('_', '-')}={value}" for setting, value in settings.items()]
+        names = [f"--served-model-name={each}" for each in dict.fromkeys((default_name(config), name))]
+        where = [f"--host={ports.host}", f"--port={ports.openai}", f"--drain-seconds={drain:g}"]
+        self._command = [sys.executable, "-m", "radix_backend.cli", "openai", *where, *names, *flags]
+        self._patience = drain + _STOP_SECONDS
+        self._start()
+
+    def look_after(self, terminal: Terminal) -> None:
+        """Start it again if it died. Raises Unavailable where that cannot help."""
+        if (status := self._process.poll()) is None:
+            return
+        if time.monotonic() - self._started < _STEADY_SECONDS:
+            raise Unavailable(f"the server of OpenAI's API ended with status {status}; its messages are above")
+        terminal.say(f"the server of OpenAI's API died (status {status}); starting it again")
+        self._start()
+
+    def terminate(self) -> None:
+        """Ask it to stop; `stop` waits for it."""
+        self._process.terminate()
+
+    def stop(self) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(self._patience)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _start(self) -> None:
+        self._started = time.monotonic()
+        environment = {**os.environ, PARENT_PID: str(os.getpid())}
+        # A session of its own: Ctrl-C is for us, who stop it in order.
+        self._process = subprocess.Popen(
+            self._command, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
+        )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    check_packages()
+    from radix_backend.openai.server import Options, serve
+
+    die_with_parent()
+    config = EngineConfig.parse(given_settings(arguments))
+    if arguments.drain_seconds < 0:
+        raise InvalidArgument(f"--drain-seconds is {arguments.drain_seconds:g}; accepted: 0 or more")
+    _check_tls(arguments.tls_cert, arguments.tls_key)
+    key = os.environ.get(KEY_VARIABLE)
+    options = Options(
+        arguments.host,
+        arguments.port,
+        names=tuple(arguments.served_model_name) or (default_name(config),),
+        api_keys=tuple(arguments.api_key) or ((key,) if key else ()),
+        origins=tuple(arguments.allow_origin),
+        max_body=parse_size(arguments.max_body, "--max-body"),
+        tls_cert=arguments.tls_cert,
+        tls_key=arguments.tls_key,
+        drain_seconds=arguments.drain_seconds,
+    )
+    check_port(options.host, "--port", options.port)
+    setup_logging(config.log_level)
+    terminal = Terminal()
+    scheme = "https" if options.tls_cert else "http"
+    client = EngineClient(config, on_log=EngineLog(terminal), on_status=EngineProgress(terminal))
+    try:
+        url = f"{scheme}://{address(options.host, options.port)}/v1"
+        serve(client, config, options, on_start=lambda: terminal.say(f"OpenAI's API: {url}"))
+        if client.status.state == "failed":
+            raise Unavailable(f"the engine failed: {client.status.detail}")
+    finally:
+        client.close(linger=False)
+    return 0
+
+
+def _check_tls(cert: Path | None, key: Path | None) -> None:
+    files = {"--tls-cert": cert, "--tls-key": key}
+    for flag, path in files.items():
+        if path is None and any(files.values()):
+            raise InvalidArgument(f"{flag} is missing; accepted: both --tls-cert and --tls-key, or neither")
+    for flag, path in files.items():
+        if path is not None and not path.is_file():
+            raise NotFound(f"{flag} is {str(path)!r}, which is no file")

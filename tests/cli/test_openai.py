@@ -1,0 +1,68 @@
+"""`radix-backend serve --openai-port`: OpenAI's API beside Triton, on the same engine."""
+
+from __future__ import annotations
+
+import json
+import signal
+import urllib.request
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.cli.test_serve import Command, serve, sidecars  # noqa: F401
+from tests.triton.server import eventually, free_ports, gone
+
+pytestmark = [pytest.mark.server, pytest.mark.model]
+
+
+def ask(port: int, **fields: Any) -> dict[str, Any]:
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", json.dumps(fields).encode())
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return dict(json.load(answer))
+
+
+def door_of(command: Command) -> psutil.Process:
+    (door,) = (child for child in command.process.children() if "openai" in child.cmdline())
+    return door
+
+
+def test_both_doors_serve_one_engine_and_leave_nothing(serve: Callable[..., Command]) -> None:  # noqa: F811
+    (port,) = free_ports(1)
+    command = serve("--no-example", f"--openai-port={port}")
+    command.wait_serving()
+    assert f"OpenAI's API: http://127.0.0.1:{port}/v1" in command.said
+    for model in ("radix", "embedded"):
+        assert ask(port, model=model, prompt="The capital of France is", temperature=0)["model"] == "embedded"
+    assert len([each for each in sidecars() if "radix_backend.engine" in each.cmdline()]) == 1
+    everything = command.everything()
+    assert len(everything) >= 7
+    # A stream that would go on holds neither server up.
+    body = {"prompt": "a", "max_tokens": 900, "ignore_eos": True, "stream": True}
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode())
+    with urllib.request.urlopen(request, timeout=60) as stream:
+        assert stream.readline().startswith(b"data: ")
+        command.process.send_signal(signal.SIGTERM)
+        assert b"the server is stopping" in stream.read()
+    assert command.process.wait(30) == 0
+    eventually(lambda: gone(everything), 10)
+
+
+def test_a_door_that_dies_is_started_again(serve: Callable[..., Command]) -> None:  # noqa: F811
+    (port,) = free_ports(1)
+    command = serve("--no-example", f"--openai-port={port}")
+    command.wait_serving()
+    door = door_of(command)
+    eventually(lambda: psutil.Process(door.pid).create_time() < psutil.time.time() - 12)  # steady by then
+    door.kill()
+    eventually(lambda: "OpenAI's API died" in command.said)
+
+    def answers() -> bool:
+        try:
+            return bool(ask(port, prompt="a", max_tokens=1)["choices"])
+        except OSError:
+            return False
+
+    eventually(answers, 60)
+    assert door_of(command).pid != door.pid
