@@ -63,9 +63,10 @@ def convert(cls: type[T], values: Mapping[str, Any], what: str, strict: bool = F
         complaint = message[: match.start()].replace("`", "")
         given = f"{what} {name!r} is {show(values.get(name))}"
         where = f" (at {place})" if place != name else ""
-        if not complaint.startswith("Expected "):
+        choices = literal_choices(cls, name)
+        if not choices and not complaint.startswith("Expected "):
             raise InvalidArgument(f"{given}: {complaint[0].lower()}{complaint[1:]}{where}") from None
         accepted = complaint.removeprefix("Expected ").split(", got")[0]
-        if choices := literal_choices(cls, name):
+        if choices:
             accepted = " or ".join(choices)
         raise InvalidArgument(f"{given}; accepted: {accepted}{where}") from None

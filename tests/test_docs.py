@@ -50,12 +50,13 @@ def test_the_example_runs(
     assert done.stdout.strip() if output is None else done.stdout.rstrip() == output.rstrip()
 
 
-@pytest.mark.parametrize("command", ["serve", "engine", "bench", "chat", "top", "profile", "prebuild"])
+@pytest.mark.parametrize("command", ["serve", "openai", "engine", "bench", "chat", "top", "profile", "prebuild"])
 def test_every_command_has_the_flags_of_the_engine(directory: Path, command: str) -> None:
     """Those of the project's first server by name; tests/cli/test_settings.py has all of them."""
     help = subprocess.run([directory / "bin" / "radix-backend", command, "--help"], capture_output=True, text=True)
     flags = (
-        "model gpu-memory-utilization max-bs tp-size pp-size context-len enforce-eager log-level profile profile-dir"
+        "model gpu-memory-utilization max-bs tp-size pp-size nccl-port device-ids context-len enforce-eager log-level "
+        "profile profile-dir disable-async-scheduling"
     )
-    for flag in (*flags.split(), "disable-async-scheduling", *(["host", "port"] if command == "serve" else [])):
+    for flag in (*flags.split(), *(["host", "port"] if command in ("serve", "openai") else [])):
         assert re.search(rf"--{flag}\b", help.stdout), flag
