@@ -54,13 +54,14 @@ class _LevelPrefix(logging.Formatter):
         return "\n".join(f"{level} {line}" for line in super().format(record).splitlines() or [""])
 
 
-def setup_logging(level: str) -> None:
+def setup_logging(level: str, who: str = "") -> None:
     """Log to stderr as ``LEVEL message`` lines; SIGUSR1 dumps the stacks of all threads there.
 
-    ``level`` is one of EngineConfig.log_level's.
+    ``level`` is one of EngineConfig.log_level's. ``who`` comes before each message, where several processes have one
+    stderr.
     """
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_LevelPrefix("%(message)s"))
+    handler.setFormatter(_LevelPrefix(f"{who}: %(message)s" if who else "%(message)s"))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
 

@@ -111,7 +111,7 @@ def split_layers(model: ModelConfig, stages: int) -> list[int]:
     """How many layers each stage gets, so that the slowest stage is as fast as can be.
 
     A decode step costs what it reads: a layer's weights and, under load, about as much KV again; the last stage reads
-    the LM head beside its layers. Where that makes no difference the last stages get fewer layers.
+    the LM head beside its layers.
     """
     if stages == 1:
         return [model.num_layers]
@@ -121,6 +121,6 @@ def split_layers(model: ModelConfig, stages: int) -> list[int]:
     def slowest(last: int) -> int:
         return max(-(-(model.num_layers - last) // (stages - 1)) * layer, last * layer + head)
 
-    last = min(range(1, model.num_layers - stages + 2), key=slowest)
+    last = min(range(model.num_layers - stages + 1, 0, -1), key=slowest)
     each, more = divmod(model.num_layers - last, stages - 1)
     return [each + (stage < more) for stage in range(stages - 1)] + [last]

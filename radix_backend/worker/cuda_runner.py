@@ -170,7 +170,10 @@ class CudaRunner:
         prompt_logprobs = [token_logprobs(each.scores, each.counts) for each in launched.prompt_scores]
         return StepResult(step.number, tokens, logprobs, prompt_logprobs)
 
+    @torch.inference_mode()
     def close(self) -> None:
+        if self._ranks.pipeline is not None:
+            self._ranks.pipeline.drain(self._device)
         if self._cuda:
             torch.cuda.synchronize()
 
@@ -270,14 +273,22 @@ class CudaRunner:
         group = part.num_heads // part.num_kv_heads
         tokens, rows = tile_tokens(self._dtype, group), tile_rows(group)
         max_bs, steps = config.max_bs, config.steps_in_flight + 2
+        self._max_decode = -(-max_bs // config.pp_size)  # rows: each microbatch has its share
         self._state = DeviceState(
-            max_bs, context_len, config.page_size, tokens, rows, device, steps, has_all_logits=tp.size == 1
+            max_bs,
+            context_len,
+            config.page_size,
+            tokens,
+            rows,
+            device,
+            max_steps=steps,
+            max_decode=self._max_decode,
+            has_all_logits=tp.size == 1,
         )
         self._sampler = CudaSampler(max_bs, part.vocab_size, device, self._shard.vocabulary.start, tp)
         self._whole_sampler = self._sampler if tp.size == 1 else CudaSampler(max_bs, vocab_size, device)
         self._most_special = min(max_bs, _SPECIAL_ROWS)
         self._rules = CudaRules(self._most_special, vocab_size, device)
-        self._max_decode = -(-max_bs // config.pp_size)  # rows: each microbatch has its share
         self._logits = torch.empty(self._max_decode, part.vocab_size, dtype=self._dtype, device=device)
         self._hidden = torch.zeros(self._max_decode, part.hidden_size, device=device)  # in and out of decode graphs
         self._sampled = torch.zeros(max_bs, dtype=torch.int32, device=device)

@@ -94,10 +94,12 @@ class DeviceState:
         tile_rows: int,
         device: torch.device,
         max_steps: int = 4,
+        max_decode: int | None = None,
         has_all_logits: bool = True,
     ) -> None:
         """``tile_tokens``: of the tiles that chunks are cut into for attention; ``tile_rows``: of those of decodes.
-        ``max_steps``: in flight, and the one being staged. ``has_all_logits``: no other rank has a part of them."""
+        ``max_steps``: in flight, and the one being staged. ``max_decode``: decode rows of a step, by default max_bs.
+        ``has_all_logits``: no other rank has a part of them."""
         self._page_size, self._tile_tokens, self._tile_rows = page_size, tile_tokens, tile_rows
         self._staging = Staging(_STAGING_WORDS, device, max_steps)
 
@@ -119,6 +121,7 @@ class DeviceState:
         tiles = DecodeTiles(firsts, counts, ends, skips, places)
         self._decode = DecodeBatch(zeros(max_bs), zeros(max_bs), self.decode_slots, zeros(max_bs), zeros(max_bs), tiles)
         self._tables = np.zeros((max_bs, self.page_table.shape[1]), np.int32)  # the page table, on the CPU
+        self._max_decode = max_decode or max_bs
         # What was staged for slots in the order of a plan, and in which order: microbatches take turns.
         self._arranged: dict[bytes, tuple[Ints, npt.NDArray[np.int64] | None]] = {}
         self._most_arranged = max_steps
@@ -140,6 +143,7 @@ class DeviceState:
             self._entered[request.slot] = plan.step
         # A request's first row may read pages that this step fills, though it be a single token: it is a chunk.
         decodes = plan.sample & (plan.num_tokens == 1) & ~np.isin(plan.slots, new_slots)
+        decodes &= np.cumsum(decodes) <= self._max_decode  # the ends of prompts may be more than a microbatch's share
         decode_rows, chunk_rows = np.flatnonzero(decodes), np.flatnonzero(~decodes)
         decode_rows = decode_rows[self._arrange(plan, plan.slots[decode_rows])]
         self._staging.put(self._rows.words)

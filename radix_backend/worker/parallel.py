@@ -115,8 +115,8 @@ class ParallelWorker:
             with contextlib.suppress(OSError):
                 process.connection.send_bytes(b"")
         self._own.close()
-        self._end_ranks(_EXIT_SECONDS)
         self._ranks.close()
+        self._end_ranks(_EXIT_SECONDS)
 
     def _end_ranks(self, patience: float) -> None:
         """Wait so many seconds for the others to end, then end them."""

@@ -80,6 +80,12 @@ class Pipeline(Generic[S]):
         if len(step.sample_slots):
             self._expected.append((number, step))
 
+    def drain(self, device: torch.device | str = "cpu") -> None:
+        """Take in the tokens of all steps, so that nobody waits for them to be taken."""
+        if self._expected:
+            for _ in self.due_tokens(self._expected[-1][0] + self._pp_size, device):
+                pass
+
     def due_tokens(self, number: int, device: torch.device | str = "cpu") -> Iterator[tuple[S, Tensor]]:
         """Those that step ``number`` may need, with the steps that sampled them."""
         assert self._tokens is not None

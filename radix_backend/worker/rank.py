@@ -94,14 +94,15 @@ def serve(spec: RankSpec, make_runner: MakeRunner) -> NoReturn:
         runner.launch(decode_plan(data))
         launched.release()
     runner.close()
+    ranks.close()
     sys.stderr.flush()
-    os._exit(0)  # what was sent to ranks that wanted no more of it would be waited for
+    os._exit(0)  # the other thread waits for a step that will not come
 
 
 def run(make_runner: MakeRunner) -> None:
     die_with_parent()
     spec = msgspec.json.decode(sys.argv[1], type=RankSpec)
-    setup_logging(spec.config.log_level)
+    setup_logging(spec.config.log_level, f"rank {spec.rank}")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # as the engine: the supervisor decides
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the engine says when
     serve(spec, make_runner)

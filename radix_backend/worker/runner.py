@@ -94,6 +94,8 @@ class Runner:
         """Waits for the steps that were launched."""
         self._plans.put(None)
         self._thread.join()
+        if self._ranks.pipeline is not None:
+            self._ranks.pipeline.drain(self._device)
 
     def _raise_failure(self) -> None:
         if self._failure is not None:

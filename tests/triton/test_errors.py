@@ -110,7 +110,7 @@ def load(server: TritonServer, **parameters: str) -> str:
 
 
 def test_wrong_settings_fail_the_load(empty_server: TritonServer) -> None:
-    assert "unknown setting 'max_batch'; accepted: attention_backend, " in load(empty_server, max_batch="3")
+    assert "unknown setting 'max_batch'; accepted: all_reduce, attention_backend, " in load(empty_server, max_batch="3")
     assert "setting 'max_bs' is 'many'; accepted: int" in load(empty_server, max_bs="many")
     assert "setting 'device_ids' is '1,1'; accepted: 2 different ids" in load(
         empty_server, tp_size="2", device_ids="1,1"
