@@ -23,7 +23,7 @@ from radix_backend.process import PARENT_PID, die_with_parent, setup_logging
 KEY_VARIABLE = "RADIX_API_KEY"
 
 _STOP_SECONDS = 5.0  # beyond its own draining, after which a server that does not stop is killed
-_STEADY_SECONDS = 10.0  # one that ended sooner would end again
+STEADY_SECONDS = 10.0  # one that ended sooner would end again
 _EPILOG = f"""\
 examples:
   radix-backend openai                                     the embedded model, on port 8080
@@ -111,7 +111,7 @@ class OpenAIProcess:
         """Start it again if it died. Raises Unavailable where that cannot help."""
         if (status := self._process.poll()) is None:
             return
-        if time.monotonic() - self._started < _STEADY_SECONDS:
+        if time.monotonic() - self._started < STEADY_SECONDS:
             raise Unavailable(f"the server of OpenAI's API ended with status {status}; its messages are above")
         terminal.say(f"the server of OpenAI's API died (status {status}); starting it again")
         self._start()
