@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
-from importlib.util import find_spec
+import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from radix_backend.cli.extras import extra
 from radix_backend.cli.ports import Ports, address, check_port
-from radix_backend.cli.settings import add_settings, given_settings
+from radix_backend.cli.sidecar import add_sidecar_settings, sidecar_config
 from radix_backend.cli.terminal import EngineLog, EngineProgress, Terminal
 from radix_backend.client import EngineClient
 from radix_backend.config import EngineConfig, parse_size
@@ -23,7 +25,7 @@ from radix_backend.process import PARENT_PID, die_with_parent, setup_logging
 KEY_VARIABLE = "RADIX_API_KEY"
 
 _STOP_SECONDS = 5.0  # beyond its own draining, after which a server that does not stop is killed
-_STEADY_SECONDS = 10.0  # one that ended sooner would end again
+STEADY_SECONDS = 10.0  # one that ended sooner would end again
 _EPILOG = f"""\
 examples:
   radix-backend openai                                     the embedded model, on port 8080
@@ -31,7 +33,8 @@ examples:
   radix-backend openai --engine-endpoint /run/radix        join `radix-backend engine --endpoint /run/radix`
   radix-backend serve --openai-port 8080                   Triton and this on one engine
 
-With the settings of a server that runs already it joins that one's engine. A key on the command line can be seen by
+With the settings of a server that runs already it joins that one's engine; those of the model repository hold where no
+flag says otherwise, as with serve. A key on the command line can be seen by
 other users of the machine; in the environment, {KEY_VARIABLE}, it cannot.
 """
 
@@ -77,16 +80,14 @@ def add_parser(commands: Any) -> None:
         metavar="SECONDS",
         help="that running requests have to end when the server is told to stop (default: 20)",
     )
-    add_settings(parser)
+    add_sidecar_settings(parser)
     parser.set_defaults(run=run)
 
 
 def check_packages() -> None:
     """Raises NotFound without the extra ``openai``."""
-    for name in ("fastapi", "uvicorn", "prometheus_client"):
-        if find_spec(name) is None:
-            hint = f"{sys.executable} -m pip install 'radix-backend[openai]'"
-            raise NotFound(f"the package {name!r} is missing; run script/server, or: {hint}")
+    with extra("openai"):
+        import radix_backend.openai.server  # noqa: F401
 
 
 def default_name(config: EngineConfig) -> str:
@@ -95,24 +96,35 @@ def default_name(config: EngineConfig) -> str:
 
 
 class OpenAIProcess:
-    """This command beside a Triton server whose model is called ``name`` and has these ``settings``."""
+    """This command beside a Triton server, on the engine of its model, which is called ``name``.
 
-    def __init__(
-        self, ports: Ports, name: str, config: EngineConfig, settings: Mapping[str, str], drain: float
-    ) -> None:
-        flags = [f"--{setting.replace('_', '-')}={value}" for setting, value in settings.items()]
+    ``flags`` are those of that model: settings and its repository.
+    """
+
+    def __init__(self, ports: Ports, name: str, config: EngineConfig, flags: Sequence[str], drain: float) -> None:
         names = [f"--served-model-name={each}" for each in dict.fromkeys((default_name(config), name))]
         where = [f"--host={ports.host}", f"--port={ports.openai}", f"--drain-seconds={drain:g}"]
         self._command = [sys.executable, "-m", "radix_backend.cli", "openai", *where, *names, *flags]
+        self._health = f"http://{ports.address(ports.openai)}/health"
         self._patience = drain + _STOP_SECONDS
         self._start()
+
+    def wait_ready(self) -> None:
+        """Until it serves; its own client of the engine learns a moment after ours that that is ready. Raises
+        Unavailable if it ends instead."""
+        while self._process.poll() is None:
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(self._health, timeout=STEADY_SECONDS).close()
+                return
+            time.sleep(0.1)
+        raise self._ended()
 
     def look_after(self, terminal: Terminal) -> None:
         """Start it again if it died. Raises Unavailable where that cannot help."""
         if (status := self._process.poll()) is None:
             return
-        if time.monotonic() - self._started < _STEADY_SECONDS:
-            raise Unavailable(f"the server of OpenAI's API ended with status {status}; its messages are above")
+        if time.monotonic() - self._started < STEADY_SECONDS:
+            raise self._ended()
         terminal.say(f"the server of OpenAI's API died (status {status}); starting it again")
         self._start()
 
@@ -128,6 +140,11 @@ class OpenAIProcess:
             self._process.kill()
             self._process.wait()
 
+    def _ended(self) -> Unavailable:
+        return Unavailable(
+            f"the server of OpenAI's API ended with status {self._process.poll()}; its messages are above"
+        )
+
     def _start(self) -> None:
         self._started = time.monotonic()
         environment = {**os.environ, PARENT_PID: str(os.getpid())}
@@ -138,11 +155,11 @@ class OpenAIProcess:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    check_packages()
-    from radix_backend.openai.server import Options, serve
+    with extra("openai"):
+        from radix_backend.openai.server import Options, serve
 
     die_with_parent()
-    config = EngineConfig.parse(given_settings(arguments))
+    config = sidecar_config(arguments)
     if arguments.drain_seconds < 0:
         raise InvalidArgument(f"--drain-seconds is {arguments.drain_seconds:g}; accepted: 0 or more")
     _check_tls(arguments.tls_cert, arguments.tls_key)

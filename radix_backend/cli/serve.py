@@ -80,8 +80,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     repository = Repository(arguments.model_repository)
     flags = given_settings(arguments)
-    settings = repository.settings() | flags
-    config = EngineConfig.parse(settings)
+    config = EngineConfig.parse(repository.settings() | flags)
+    overrides = spell_settings(config, list(flags))
     ports = Ports(
         arguments.host,
         arguments.http_port,
@@ -108,15 +108,16 @@ def run(arguments: argparse.Namespace) -> int:
             log = radix_home() / "logs" / f"tritonserver-{ports.http}.log"
             door = None
             if ports.openai:
-                spelled = spell_settings(config, list(settings))
-                door = OpenAIProcess(ports, MODEL, config, spelled, drain=EXIT_SECONDS / 2)
+                spelled = [f"--{name.replace('_', '-')}={value}" for name, value in overrides.items()]
+                source = f"--model-repository={repository.path}"
+                door = OpenAIProcess(ports, MODEL, config, [source, *spelled], drain=EXIT_SECONDS / 2)
                 running.callback(door.stop)
             triton = ServerProcess(server, repository.path, ports, log)
             running.callback(triton.stop)
             if door:
                 running.callback(door.terminate)  # both drain at the same time
             triton.wait_live()
-            override = repository.config_with(spell_settings(config, list(flags))) if flags else None
+            override = repository.config_with(overrides) if overrides else None
             triton.load(MODEL, override)
             stubs = StubWatch(triton.pid, repository.path / MODEL, lambda: triton.is_ready(MODEL))
             if ports.health:
@@ -124,6 +125,8 @@ def run(arguments: argparse.Namespace) -> int:
                 health = HealthServer(ports.host, ports.health, lambda: client.ailment or server_ailment(http, MODEL))
                 running.callback(health.close)
             _wait_ready(client, triton)
+            if door:
+                door.wait_ready()
             terminal.done_waiting()
             if not arguments.no_example:
                 print(f"\nQ: {QUESTION}\nA: ", end="", flush=True)

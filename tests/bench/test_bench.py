@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+from radix_backend.bench.shapes import write_model
+from tests.openai.door import serving
+
 TINY = ("--shape", "tiny", "--kv-cache-memory", "64MiB", "--max-bs", "16")
 
 
@@ -44,6 +47,17 @@ def test_through_triton_the_same_tokens_come_from_several_client_processes(tmp_p
         assert offline[name] == triton[name]
     assert triton["cache_hit_rate"] == pytest.approx(offline["cache_hit_rate"], abs=0.05)
     assert set(triton["cpu_seconds"]) >= {"clients", "tritonserver", "stub", "gateway", "engine"}
+
+
+def test_through_openai_s_api_the_same_tokens_come(tmp_path: Path) -> None:
+    write_model(tmp_path, "tiny")
+    settings = {"model": str(tmp_path), "load_format": "dummy", "kv_cache_memory": "64MiB", "max_bs": 16}
+    with serving(tmp_path, settings) as door:
+        arguments = ["--targets", f"openai={door.url()}", "--workloads", "multi-turn", "--clients", "2"]
+        (figures,) = measured(tmp_path, *arguments)
+    assert (figures["target"], figures["num_failed"]) == ("openai", 0)
+    assert figures["num_output_tokens"] == 64 * 6 * 80
+    assert 0.7 < figures["cache_hit_rate"] < 1
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from radix_backend.client import EngineClient
+from radix_backend import LLM, EngineConfig, SamplingParams
 from tests.openai.door import Door, serving
 from tests.triton.conftest import EXACT
 from tests.triton.requests import stream, text_of
@@ -33,9 +33,15 @@ def door(server: TritonServer, tmp_path_factory: pytest.TempPathFactory) -> Iter
         yield door
 
 
+@pytest.fixture(scope="module")
+def llm(server: TritonServer) -> Iterator[LLM]:
+    with LLM(EngineConfig.parse(EXACT)) as llm:
+        yield llm
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_the_same_prompt_gives_the_same_text_through_every_door(
-    server: TritonServer, door: Door, engine: EngineClient, way: str
+    server: TritonServer, door: Door, llm: LLM, way: str
 ) -> None:
     params = WAYS[way]
     by_json = {"sampling_parameters": json.dumps(params), "exclude_input_in_output": True}
@@ -44,6 +50,7 @@ def test_the_same_prompt_gives_the_same_text_through_every_door(
         "gRPC": text_of(list(grpc)),
         "/generate": server.generate(text_input=PROMPT, **by_json)["text_output"],
         "OpenAI": door.post("/v1/completions", prompt=PROMPT, **params).json["choices"][0]["text"],
+        "offline": llm.generate([PROMPT], SamplingParams.parse(params))[0].text,
         "OpenAI's SDK, streamed": "".join(
             chunk.choices[0].text
             for chunk in door.sdk().completions.create(
@@ -55,11 +62,12 @@ def test_the_same_prompt_gives_the_same_text_through_every_door(
     assert texts["gRPC"]
 
 
-def test_a_conversation_gives_the_same_answer_through_every_door(server: TritonServer, door: Door) -> None:
+def test_a_conversation_gives_the_same_answer_through_every_door(server: TritonServer, door: Door, llm: LLM) -> None:
     params = WAYS["seeded"]
     by_triton = server.generate(messages=json.dumps(MESSAGES), sampling_parameters=json.dumps(params))["text_output"]
     answer = door.post("/v1/chat/completions", messages=MESSAGES, **params).json
     assert answer["choices"][0]["message"]["content"] == by_triton
+    assert llm.chat([MESSAGES], SamplingParams.parse(params))[0].text == by_triton
 
 
 def test_what_one_door_computed_another_finds_in_the_cache(server: TritonServer, door: Door) -> None:
