@@ -15,6 +15,7 @@ import pytest
 
 from radix_backend.client import EngineClient
 from radix_backend.sampling_params import SamplingParams
+from tests.openai.door import serving
 from tests.triton.conftest import EXACT
 from tests.triton.server import TritonServer, eventually
 from tests.triton.terminal import terminal
@@ -60,6 +61,12 @@ def test_a_conversation_in_a_pipe(server: TritonServer, engine: EngineClient, do
     asked, _, answered, *_ = re.fullmatch(shape, first).groups()  # type: ignore[union-attr]
     _, cached, *_ = re.fullmatch(shape, second).groups()  # type: ignore[union-attr]
     assert int(cached) >= (int(asked) + int(answered)) // 16 * 16 - 16  # all pages of the first turn
+
+
+def test_a_conversation_through_openais_api(engine: EngineClient, tmp_path: Path) -> None:
+    with serving(tmp_path, EXACT) as door:
+        done = chat("\n".join(QUESTIONS), door.url(), *GREEDY, "--system=Answer in one sentence.")
+    assert done.stdout.splitlines() == answers(engine, *QUESTIONS, system="Answer in one sentence.")
 
 
 def test_a_conversation_is_saved_and_goes_on(server: TritonServer, engine: EngineClient, tmp_path: Path) -> None:
