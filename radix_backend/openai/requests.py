@@ -146,8 +146,9 @@ class CompletionRequest(Generation, frozen=True, kw_only=True, forbid_unknown_fi
     ]
     echo: Annotated[bool, Meta(description="the answer begins with the prompt")] = False
     max_tokens: Annotated[
-        Annotated[int, Meta(ge=0)], Meta(description="most tokens to generate; 0 only with `echo`")
-    ] = SamplingParams().max_tokens
+        Annotated[int, Meta(ge=0)] | None,
+        Meta(description="most tokens to generate, by default 16; 0 only with `echo`"),
+    ] = None
     add_special_tokens: Annotated[bool, Meta(description="to texts, as the tokenizer would: a BOS")] = True
 
     @property
@@ -166,7 +167,9 @@ class CompletionRequest(Generation, frozen=True, kw_only=True, forbid_unknown_fi
     def sampling(self, given: dict[str, Any]) -> SamplingParams:
         if self.max_tokens == 0 and not self.echo:
             raise InvalidArgument("field 'max_tokens' is 0; accepted: 1 or more, or 0 with 'echo' true")
-        if "max_new_tokens" not in given:
+        if self.max_tokens is not None:
+            if "max_new_tokens" in given:
+                raise InvalidArgument("field 'max_tokens' is given beside 'max_new_tokens'; accepted: one")
             given["max_tokens"] = max(1, self.max_tokens)  # the engine cannot but generate one
         if self.echo:
             for name in ("truncate_prompt_tokens", "prompt_logprobs"):

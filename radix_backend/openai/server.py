@@ -27,6 +27,7 @@ from radix_backend.openai.gate import Gate
 from radix_backend.openai.metrics import Registry
 
 _LAST_WORDS_SECONDS = 2  # for ended streams to reach their clients
+_KEEP_ALIVE_SECONDS = 75  # longer than proxies keep a connection: it must be they who close it
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ def serve(client: EngineClient, config: EngineConfig, options: Options, on_start
         access_log=False,
         server_header=False,
         lifespan="off",
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=round(options.drain_seconds) + _LAST_WORDS_SECONDS,
     )
     try:

@@ -48,6 +48,7 @@ WRONG: list[tuple[str, dict[str, Any], int, str, str]] = [
         "model",
         "'model' is 'gpt', which is not served here; accepted: tiny",
     ),
+    ("completions", TEXT | {"max_new_tokens": 2}, 400, "max_tokens", "beside 'max_new_tokens'"),
     ("chat/completions", {"messages": []}, 400, "messages", "accepted: array of length >= 1"),
     ("chat/completions", {"messages": [{"role": "tool", "content": "x"}]}, 400, "messages", "(at messages[0].role)"),
     (
