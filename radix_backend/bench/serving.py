@@ -1,7 +1,7 @@
 """What doors cost: the same engine driven through Triton's gRPC, through OpenAI's API and directly, in turns.
 
 ``python -m radix_backend.bench.serving [--streams 16] [--max-tokens 128] [--rounds 3] [--json FILE]`` starts a server
-of its own (settings after ``--`` go to ``radix-backend serve``) and reports the CPU time that each process spends on a
+of its own (with any ``--setting NAME=VALUE``) and reports the CPU time that each process spends on a
 streamed token. Tokens are counted by the engine, so a response that never came cannot hide.
 """
 
