@@ -27,6 +27,7 @@ from typing import Any
 from radix_backend.bench.floor import floor_us_per_response
 from radix_backend.bench.light_client import LightClient, Load, Result
 from radix_backend.bench.processes import cpu_seconds, free_ports, openai_process, sidecar_processes, triton_processes
+from radix_backend.bench.shapes import SHAPES, write_model
 from radix_backend.client import EngineClient
 from radix_backend.config import EngineConfig
 from radix_backend.errors import RadixError
@@ -203,12 +204,18 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--shape", choices=SHAPES, help="of a model with random weights, instead of the embedded one")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--setting", action="append", default=[], metavar="NAME=VALUE", help="an engine setting")
     arguments = parser.parse_args()
     settings = dict(setting.split("=", 1) for setting in arguments.setting)
     with tempfile.TemporaryDirectory(prefix="radix-bench-") as runtime:
         os.environ["XDG_RUNTIME_DIR"] = runtime  # a sidecar of its own, whatever else runs here
+        if arguments.shape:
+            model = Path(runtime) / arguments.shape
+            model.mkdir()
+            write_model(model, arguments.shape)
+            settings = {"model": str(model), "load_format": "dummy", "context_len": "4096"} | settings
         flags = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", value)]
         bench = Bench(flags, EngineConfig.parse(settings))
         try:
