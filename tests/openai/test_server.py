@@ -76,7 +76,7 @@ def test_web_pages_may_ask_from_the_origins_that_are_allowed(start: Start) -> No
         request = urllib.request.Request(
             door.url("/v1/completions"), method="OPTIONS", headers=preflight | {"origin": origin}
         )
-        answer = door._open(request)
+        answer = door.open(request)
         assert (answer.status == 200) is allowed
         got = door.get("/v1/models", origin=origin, authorization="Bearer one").headers
         assert got.get("access-control-allow-origin") == (origin if allowed else None)
