@@ -163,9 +163,11 @@ class Scheduler:
         rows = _Rows(max(self._step + 1, self.cache.settled_step + self._pp_size))
         order = sorted(self.running, key=lambda request: request.effective_key)
         # An equal share for each microbatch: stages are idle where one has all the requests.
-        share = -(-sum(request.decodes for request in order) // self._pp_size)
-        for request in order:
-            due = request.state is State.RUNNING and request.decodes and self._is_due(request, rows.step)
+        decoding = [request for request in order if request.decodes]
+        share = -(-len(decoding) // self._pp_size)
+        for request in decoding:
+            # The one before it may have had it retracted.
+            due = request.state is State.RUNNING and self._is_due(request, rows.step)
             if due and len(rows.decodes) < share and self._make_room(request, 1, rows):
                 rows.decodes[request] = None
         budget = self._max_batched_tokens - len(rows.decodes)

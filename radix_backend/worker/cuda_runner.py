@@ -34,11 +34,12 @@ from radix_backend.sampling.logprobs import score_tokens, token_logprobs
 from radix_backend.sampling_params import MAX_LOGPROBS, SamplingParams
 from radix_backend.worker.device_state import DeviceState, DeviceStep, Prefill
 from radix_backend.worker.graphs import DecodeGraphs, ladder
-from radix_backend.worker.interface import Ints, NewRequest, StepPlan, StepResult
+from radix_backend.worker.interface import Ints, StepPlan, StepResult
 from radix_backend.worker.memory import Budget, measure_on_device, plan_pages_on_device
 from radix_backend.worker.precision import compute_dtype
 from radix_backend.worker.prompt_scores import score_prompt
 from radix_backend.worker.ranks import NO_OTHERS, Ranks
+from radix_backend.worker.rehearsal import rehearse
 from radix_backend.worker.special_rows import SpecialRows
 
 log = logging.getLogger(__name__)
@@ -355,21 +356,11 @@ class CudaRunner:
 
     @torch.inference_mode()
     def _warm_up(self, config: EngineConfig) -> None:
-        """Compile what the first requests would otherwise wait for. The page written to is still free."""
+        """Compile and load what the first requests would otherwise wait for."""
         for tokens in self._prefill_sizes():
             self._pad_prefill(tokens)
         params = SamplingParams(top_k=2, top_p=0.5, min_p=0.1, seed=0, repetition_penalty=1.1, logprobs=1)
-        prompt = np.zeros(self._rehearsed, np.int32)
-        slot, one, every = np.zeros(1, np.int32), np.ones(1, np.int32), np.ones(1, np.bool_)
-        index = np.arange(-(-(len(prompt) + 1) // config.page_size), dtype=np.int32)
-        pages = np.zeros_like(index)
-        first = NewRequest(0, prompt, len(prompt), 0, params)
-        earlier = -config.pp_size  # the second step needs the token of the first
-        count = len(prompt) * one
-        self.launch(StepPlan(earlier, [first], pages, index, pages, slots=slot, num_tokens=count, sample=every))
-        self.launch(StepPlan(0, slots=slot, num_tokens=one, sample=every, num_decode=1))
-        self.settle()
-        self.settle()
+        rehearse(self, config, self._rehearsed, params)
 
     def _prefill_sizes(self) -> list[int]:
         """Tokens of prefills that load or compile kernels: a product's first use at a size waits for the device."""

@@ -35,6 +35,7 @@ from radix_backend.worker.memory import measure_on_device, plan_pages, plan_page
 from radix_backend.worker.precision import compute_dtype
 from radix_backend.worker.prompt_scores import score_prompt
 from radix_backend.worker.ranks import NO_OTHERS, Ranks, use_device
+from radix_backend.worker.rehearsal import rehearse
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,8 @@ class Runner:
         load = functools.partial(self._load, config, model_dir, context_len)
         self._thread = threading.Thread(target=self._serve, args=(load,), name="worker", daemon=True)
         self._thread.start()
-        self._warm_up(config)
+        # Allocates what the first steps would otherwise wait for.
+        rehearse(self, config, 1, SamplingParams(top_k=2, top_p=0.5, min_p=0.1, seed=0))
 
     def launch(self, plan: StepPlan) -> None:
         self._raise_failure()
@@ -228,16 +230,3 @@ class Runner:
         scores = score_tokens(logprobs, tokens[reported.tolist()], max(theirs))
         by_row = dict(zip(rows[reported].tolist(), token_logprobs(scores.cpu(), theirs), strict=True))
         return tokens, [by_row.get(row) for row in range(len(step.sample_slots))]
-
-    def _warm_up(self, config: EngineConfig) -> None:
-        """Allocate what the first steps would otherwise wait for. The page written to is still free."""
-        params = SamplingParams(top_k=2, top_p=0.5, min_p=0.1, seed=0)
-        first = NewRequest(0, np.zeros(1, np.int32), 1, 0, params)
-        slot, one, every = np.zeros(1, np.int32), np.ones(1, np.int32), np.ones(1, np.bool_)
-        index = np.arange(-(-2 // config.page_size), dtype=np.int32)
-        pages = np.zeros_like(index)
-        earlier = -config.pp_size  # the second step needs the token of the first
-        self.launch(StepPlan(earlier, [first], pages, index, pages, slots=slot, num_tokens=one, sample=every))
-        self.launch(StepPlan(0, slots=slot, num_tokens=one, sample=every, num_decode=1))
-        self.settle()
-        self.settle()
