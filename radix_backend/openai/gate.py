@@ -71,7 +71,9 @@ class Gate:
                 return refusal(401, message, "invalid_api_key", {"www-authenticate": "Bearer"})
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > self._max_body:
-            return refusal(413, self._too_large(), "body_too_large", {"connection": "close"})
+            # The connection stays open and uvicorn drops what still comes: clients read an answer only after they have
+            # written all, and a closed connection would break their writing first.
+            return refusal(413, self._too_large(), "body_too_large")
         return None
 
     def _limited(self, receive: Receive) -> Receive:

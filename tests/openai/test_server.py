@@ -41,6 +41,17 @@ def start(tmp_path: Path, tiny_settings: dict[str, Any]) -> Iterator[Start]:
         door.stop()
 
 
+def sidecar(door: Door) -> list[psutil.Process]:
+    """Supervisor, gateway and engine."""
+    root = str(RunDir.of(door.config).path)
+    listed = psutil.process_iter(["cmdline"])
+    return [each for each in listed if any(word.startswith(root) for word in each.info["cmdline"] or [])]
+
+
+def engines(door: Door) -> list[psutil.Process]:
+    return [each for each in sidecar(door) if "radix_backend.engine" in each.info["cmdline"]]
+
+
 # ── who may pass ────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -134,15 +145,20 @@ def test_models_are_listed_by_each_name(start: Start) -> None:
 
 def test_before_the_engine_is_ready_requests_are_told_how_far_it_is(start: Start) -> None:
     door = start()
-    eventually(lambda: door.get("/health", patient=True).status)
-    health = door.get("/health")
-    assert (health.status, health.json["status"]) == (503, "unavailable")
-    assert health.json["reason"].startswith("the engine is starting")
-    answer = door.post("/v1/completions", prompt="a", **PLAIN)
-    assert (answer.status, answer.error["code"]) == (503, "unavailable")
-    assert "the engine is starting" in answer.error["message"]
-    assert answer.headers["retry-after"] == "1"
-    assert door.get("/v1/models").json["data"][0]["max_model_len"] is None
+    engine = eventually(lambda: engines(door))[0]
+    engine.suspend()
+    try:
+        eventually(lambda: door.get("/health", patient=True).status)
+        health = door.get("/health")
+        assert (health.status, health.json["status"]) == (503, "unavailable")
+        assert health.json["reason"].startswith("the engine is starting")
+        answer = door.post("/v1/completions", prompt="a", **PLAIN)
+        assert (answer.status, answer.error["code"]) == (503, "unavailable")
+        assert "the engine is starting" in answer.error["message"]
+        assert answer.headers["retry-after"] == "1"
+        assert door.get("/v1/models").json["data"][0]["max_model_len"] is None
+    finally:
+        engine.resume()
     door.wait_serving()
 
 
@@ -202,13 +218,6 @@ class Running:
         return self.events[-1].strip()
 
 
-def sidecar(door: Door) -> list[psutil.Process]:
-    """Supervisor, gateway and engine."""
-    root = str(RunDir.of(door.config).path)
-    listed = psutil.process_iter(["cmdline"])
-    return [each for each in listed if any(word.startswith(root) for word in each.info["cmdline"] or [])]
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_told_to_stop_it_lets_streams_end_refuses_new_ones_and_leaves_nothing(
     start: Start, number: signal.Signals
@@ -238,7 +247,7 @@ def test_a_dead_engine_ends_streams_with_an_error_and_is_followed_to_its_next_li
     door = start()
     door.wait_serving()
     stream = Running(door)
-    (engine,) = (each for each in sidecar(door) if "radix_backend.engine" in each.cmdline())
+    (engine,) = engines(door)
     engine.kill()
     assert json.loads(stream.end().removeprefix(b"data: "))["error"]["code"] == "unavailable"
     door.wait_serving()
