@@ -56,7 +56,10 @@ class EngineConfig(
     ] = "embedded"
     dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32"],
-        Meta(description="of weights and KV cache; auto: bfloat16; float16 needs a GPU"),
+        Meta(
+            description="of weights and KV cache; auto: bfloat16, but float32 on a CPU without instructions for it; "
+            "float16 needs a GPU"
+        ),
     ] = "auto"
     device: Annotated[
         Literal["auto", "cpu", "cuda"], Meta(description="what computes the steps; auto: a GPU if there is one")
@@ -157,7 +160,7 @@ class EngineConfig(
         return msgspec.structs.replace(config, model=_absolute_model(config.model))
 
     def on_device(self, device: Literal["cpu", "cuda"]) -> EngineConfig:
-        """With the device settled, and with it what depends on it."""
+        """With the device settled, and with it how much a step may hold."""
         defaults = DEVICE_DEFAULTS[device]
         max_bs = self.max_bs or defaults["max_bs"]
         max_batched_tokens = self.max_batched_tokens or max(max_bs, defaults["max_batched_tokens"])
@@ -182,8 +185,8 @@ class EngineConfig(
 
     @property
     def is_settled(self) -> bool:
-        """Whether `on_device` has nothing left to do."""
-        return self.device != "auto" and bool(self.max_bs and self.max_batched_tokens)
+        """Whether nothing depends any more on the machine that it is used on."""
+        return "auto" not in (self.device, self.dtype) and bool(self.max_bs and self.max_batched_tokens)
 
     def identity(self) -> str:
         """16 hex digits that two configurations share exactly when one sidecar can serve both."""

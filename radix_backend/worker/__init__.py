@@ -24,9 +24,10 @@ __all__ = ["create_profiler", "create_worker", "settle_device"]
 def settle_device(config: EngineConfig) -> EngineConfig:
     """``config`` with the device that is there, and what depends on it. Raises Unavailable where it cannot be used."""
     _set_spin_count()
+    from radix_backend.worker.precision import settle_dtype
     from radix_backend.worker.selection import select_device
 
-    return config.on_device(select_device(config))
+    return settle_dtype(config.on_device(select_device(config)))
 
 
 def create_worker(config: EngineConfig, model_dir: Path, reporter: Reporter) -> Worker:
