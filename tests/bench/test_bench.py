@@ -13,7 +13,7 @@ import pytest
 from radix_backend.bench.shapes import write_model
 from tests.openai.door import serving
 
-TINY = ("--shape", "tiny", "--kv-cache-memory", "64MiB", "--max-bs", "16")
+TINY = ("--shape", "tiny", "--dtype", "float32", "--kv-cache-memory", "128MiB", "--max-bs", "16")
 
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -30,8 +30,14 @@ def measured(tmp_path: Path, *arguments: str) -> list[dict[str, Any]]:
     return figures
 
 
-def test_the_engine_alone_generates_every_token_and_conversations_hit_the_cache(tmp_path: Path) -> None:
-    single, talk = measured(tmp_path, "--workloads", "single,multi-turn:1")
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Figures of the engine alone: `single`, `multi-turn`."""
+    return measured(tmp_path_factory.mktemp("alone"), "--workloads", "single,multi-turn")
+
+
+def test_the_engine_alone_generates_every_token_and_conversations_hit_the_cache(alone: list[dict[str, Any]]) -> None:
+    single, talk = alone
     assert (single["num_prompt_tokens"], single["num_output_tokens"], single["num_failed"]) == (128, 512, 0)
     assert single["cache_hit_rate"] == 0
     assert talk["num_output_tokens"] == 64 * 6 * 80
@@ -40,18 +46,20 @@ def test_the_engine_alone_generates_every_token_and_conversations_hit_the_cache(
 
 
 @pytest.mark.server
-def test_through_triton_the_same_tokens_come_from_several_client_processes(tmp_path: Path) -> None:
-    offline, triton = measured(tmp_path, "--targets", "offline,serve", "--workloads", "multi-turn", "--clients", "2")
-    assert (offline["target"], triton["target"]) == ("offline", "triton")
+def test_through_triton_the_same_tokens_come_from_several_client_processes(
+    tmp_path: Path, alone: list[dict[str, Any]]
+) -> None:
+    (triton,) = measured(tmp_path, "--targets", "serve", "--workloads", "multi-turn", "--clients", "2")
+    assert triton["target"] == "triton"
     for name in ("num_requests", "num_prompt_tokens", "num_output_tokens", "num_failed"):
-        assert offline[name] == triton[name]
-    assert triton["cache_hit_rate"] == pytest.approx(offline["cache_hit_rate"], abs=0.05)
+        assert triton[name] == alone[1][name]
+    assert triton["cache_hit_rate"] == pytest.approx(alone[1]["cache_hit_rate"], abs=0.05)
     assert set(triton["cpu_seconds"]) >= {"clients", "tritonserver", "stub", "gateway", "engine"}
 
 
 def test_through_openai_s_api_the_same_tokens_come(tmp_path: Path) -> None:
     write_model(tmp_path, "tiny")
-    settings = {"model": str(tmp_path), "load_format": "dummy", "kv_cache_memory": "64MiB", "max_bs": 16}
+    settings = {"model": str(tmp_path), "load_format": "dummy", "dtype": "float32", "kv_cache_memory": "128MiB"}
     with serving(tmp_path, settings) as door:
         arguments = ["--targets", f"openai={door.url()}", "--workloads", "multi-turn", "--clients", "2"]
         (figures,) = measured(tmp_path, *arguments)

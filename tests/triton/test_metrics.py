@@ -262,8 +262,9 @@ def test_a_real_prometheus_scrapes_them(server: TritonServer, tmp_path: Path) ->
 def test_counters_go_on_when_the_engine_restarts_and_begin_anew_when_the_model_is_reloaded(
     start_server: Callable[..., TritonServer],
 ) -> None:
-    # 16 MiB hold some 700 tokens in bf16: other prompts evict what is cached.
-    server = start_server("--model-control-mode=explicit", "--load-model=radix", kv_cache_memory="16MiB")
+    # 32 MiB hold some 700 tokens in f32: other prompts evict what is cached.
+    small = {"dtype": "float32", "kv_cache_memory": "32MiB"}
+    server = start_server("--model-control-mode=explicit", "--load-model=radix", **small)
     server.wait_serving()
 
     def ask(number: int) -> None:
