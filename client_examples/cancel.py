@@ -1,4 +1,4 @@
-"""Cancel a stream, and see that the server stops computing it. Over HTTP, closing the connection does the same.
+"""Cancel a stream, and see that the server stops computing it.
 
 pip install 'tritonclient[grpc]'
 python client_examples/cancel.py [HOST:PORT [METRICS_HOST:PORT]]
@@ -14,7 +14,8 @@ import urllib.request
 import numpy as np
 import tritonclient.grpc as grpcclient
 
-address, metrics = sys.argv[1:] if len(sys.argv) == 3 else ("127.0.0.1:8001", "127.0.0.1:8002")
+address = sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1:8001"
+metrics = sys.argv[2] if len(sys.argv) > 2 else "127.0.0.1:8002"
 
 
 def tensor(name, data_type, values):

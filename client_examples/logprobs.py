@@ -8,6 +8,7 @@ They are the model's own: before temperature, penalties and filters.
 import json
 import math
 import sys
+import urllib.error
 import urllib.request
 
 address = sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1:8000"
@@ -21,8 +22,11 @@ body = {
     "return_cumulative_logprob": True,
 }
 request = urllib.request.Request(f"http://{address}/v2/models/radix/generate", json.dumps(body).encode())
-with urllib.request.urlopen(request) as response:
-    answer = json.load(response)
+try:
+    with urllib.request.urlopen(request) as response:
+        answer = json.load(response)
+except urllib.error.HTTPError as error:
+    sys.exit(json.load(error)["error"])
 
 for token in json.loads(answer["logprobs"]):
     # {token id: {"logprob", "rank", "decoded_token"}}, the chosen token first

@@ -7,6 +7,7 @@ Every output of a completion then has one element for each of them.
 
 import json
 import sys
+import urllib.error
 import urllib.request
 
 address = sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1:8000"
@@ -22,8 +23,11 @@ body = {
     "return_finish_reason": True,
 }
 request = urllib.request.Request(f"http://{address}/v2/models/radix/generate", json.dumps(body).encode())
-with urllib.request.urlopen(request) as response:
-    answer = json.load(response)
+try:
+    with urllib.request.urlopen(request) as response:
+        answer = json.load(response)
+except urllib.error.HTTPError as error:
+    sys.exit(json.load(error)["error"])
 
 columns = answer["text_output"], answer["num_output_tokens"], answer["finish_reason"]
 for text, tokens, reason in zip(*columns, strict=True):

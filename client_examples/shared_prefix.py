@@ -8,6 +8,7 @@ The cache receipt of an answer tells how many tokens of its prompt were found in
 import json
 import sys
 import time
+import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
@@ -26,8 +27,11 @@ def ask(question):
         "return_cache_receipt": True,
     }
     request = urllib.request.Request(f"http://{address}/v2/models/radix/generate", json.dumps(body).encode())
-    with urllib.request.urlopen(request) as response:
-        answer = json.load(response)
+    try:
+        with urllib.request.urlopen(request) as response:
+            answer = json.load(response)
+    except urllib.error.HTTPError as error:
+        sys.exit(json.load(error)["error"])
     return answer["num_input_tokens"], json.loads(answer["cache_receipt"])["cached_tokens"]
 
 

@@ -291,7 +291,7 @@ def _token_column(name: str, ids: TokenIds) -> bytes:
     values = np.asarray(ids)
     accepted = f"a list of 1 or more integers from 0 to {_MAX_TOKEN_ID}"
     if values.ndim != 1 or values.size == 0 or values.dtype.kind not in "iu":
-        raise InvalidArgument(f"{name!r} is {show(ids)}; accepted: {accepted}")
+        raise InvalidArgument(f"{name!r} is {show(values.tolist())}; accepted: {accepted}")
     low, high = int(values.min()), int(values.max())
     if low < 0 or high > _MAX_TOKEN_ID:
         raise InvalidArgument(f"{name!r} holds {low if low < 0 else high}; accepted: {accepted}")

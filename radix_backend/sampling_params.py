@@ -22,6 +22,7 @@ MAX_BIAS = 100.0
 
 _LARGEST = 2**63 - 1  # that messages to the engine and its arrays hold
 _Int64 = Annotated[int, Meta(ge=-_LARGEST - 1, le=_LARGEST)]
+_TokenId = Annotated[int, Meta(ge=0, le=_LARGEST)]
 _Likeliest = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None
 
 _ALIASES = {"max_new_tokens": "max_tokens"}
@@ -48,8 +49,8 @@ class SamplingParams(
     top_p: Annotated[float, Meta(gt=0, le=1, description="keep the likeliest tokens that make up this mass")] = 1.0
     min_p: Annotated[float, Meta(ge=0, le=1, description="drop tokens below this fraction of the likeliest one")] = 0.0
     seed: Annotated[
-        Annotated[int, Meta(ge=0, le=MAX_SEED)] | None,
-        Meta(description="makes the stream replayable; drawn when absent"),
+        _Int64 | None,
+        Meta(description="makes the stream replayable; drawn when absent or -1"),
     ] = None
     repetition_penalty: Annotated[
         float, Meta(gt=0, description="above 1: tokens of the prompt or the output become less likely")
@@ -61,7 +62,7 @@ class SamplingParams(
         float, Meta(ge=-2, le=2, description="taken from a token's logit once for each time that the output holds it")
     ] = 0.0
     logit_bias: Annotated[
-        dict[_Int64, float], Meta(description=f"token id → added to its logit, clamped to ±{MAX_BIAS:g}")
+        dict[_TokenId, float], Meta(description=f"token id → added to its logit, clamped to ±{MAX_BIAS:g}")
     ] = {}
     bad_words: Annotated[
         list[str], Meta(max_length=MAX_STRINGS, description="texts whose tokens are not generated")
@@ -73,7 +74,7 @@ class SamplingParams(
         _Likeliest, Meta(description="the same for the tokens of the prompt, which is computed without the cache")
     ] = None
     stop: Annotated[list[str], Meta(max_length=MAX_STRINGS, description="strings that end the text")] = []
-    stop_token_ids: Annotated[list[_Int64], Meta(max_length=1024, description="tokens that end the text")] = []
+    stop_token_ids: Annotated[list[_TokenId], Meta(max_length=1024, description="tokens that end the text")] = []
     include_stop_str_in_output: Annotated[bool, Meta(description="keep the stop string in the text")] = False
     ignore_eos: Annotated[bool, Meta(description="do not stop at the model's end-of-sequence tokens")] = False
     skip_special_tokens: Annotated[bool, Meta(description="leave special tokens out of the text")] = True
@@ -100,6 +101,8 @@ class SamplingParams(
         for token, bias in self.logit_bias.items():
             if math.isnan(bias):
                 raise InvalidArgument(f"sampling parameter 'logit_bias' is nan for token {token}; accepted: a number")
+        if self.seed is not None and self.seed < 0:
+            msgspec.structs.force_setattr(self, "seed", None if self.seed == -1 else self.seed & MAX_SEED)
         if self.min_tokens > self.max_tokens:
             accepted = f"at most max_tokens ({self.max_tokens})"
             raise InvalidArgument(f"sampling parameter 'min_tokens' is {self.min_tokens}; accepted: {accepted}")

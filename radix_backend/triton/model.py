@@ -24,6 +24,8 @@ from radix_backend.triton.series import Turn, identify
 from radix_backend.triton.settings import load_config
 from radix_backend.triton.tensors import declare
 
+_SHARED_MEMORY = "/dev/shm"  # through which Triton's Python backend passes tensors
+_GROWTH_BYTES = 8 << 20  # the region grows by whole steps
 _ERROR_STATES = ("failed", "restarting")
 
 
@@ -80,8 +82,9 @@ class _TritonWire:
         response = pb_utils.InferenceResponse([pb_utils.Tensor(name, value) for name, value in tensors])
         self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0)
 
-    def finish(self) -> None:
-        self._sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+    def has_room(self, size: int) -> bool:
+        shared = os.statvfs(_SHARED_MEMORY)
+        return shared.f_bavail * shared.f_frsize >= 2 * size + _GROWTH_BYTES
 
     def refuse(self, error: RadixError) -> None:
         triton_error = pb_utils.TritonError(str(error), getattr(pb_utils.TritonError, error.code))

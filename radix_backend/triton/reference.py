@@ -86,6 +86,8 @@ def _range(kind: inspect.IntType | inspect.FloatType) -> str:
 
 
 def _number(bound: float) -> str:
+    if bound == -(2**63):
+        return "-2^63"
     power = int(bound).bit_length()
     return f"2^{power} - 1" if power > 16 and bound == 2**power - 1 else f"{bound:g}"
 

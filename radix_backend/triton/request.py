@@ -58,6 +58,7 @@ def parse(tensors: Mapping[str, Array], parameters: str) -> Request:
     values = _object("request parameters", parameters) if parameters else {}
     if "sampling_parameters" in tensors:
         values |= _object("input 'sampling_parameters'", _string(tensors, "sampling_parameters"))
+    _drop_nothings(values)
     priority = convert(_Priority, {"priority": values.pop("priority", 0)}, "request parameter").priority
     params = SamplingParams.parse(values)
     return Request(
@@ -72,6 +73,14 @@ def parse(tensors: Mapping[str, Array], parameters: str) -> Request:
         returns=returns,
         shows_logprobs=params.logprobs is not None,
     )
+
+
+def _drop_nothings(values: dict[str, Any]) -> None:
+    """Leave out what Triton's OpenAI frontend sends with every request though it asks for nothing."""
+    if values.get("logprobs") is False:
+        del values["logprobs"]
+    if "best_of" in values and values["best_of"] in (None, 1, values.get("n", 1)):
+        del values["best_of"]
 
 
 # Asks for nothing but a sign of life of the stub: an empty text.

@@ -23,6 +23,7 @@ class Answer:
         self.choices = [Choice() for _ in range(n)]
         self.prompt_logprobs: list[list[Logprob]] = []
         self.num_input_tokens = 0
+        self._prompt_told = False  # the log probabilities of its tokens were returned
 
     def add(self, delta: Delta) -> None:
         if delta.num_input_tokens:
@@ -46,10 +47,17 @@ class Answer:
         What it returns is not returned again.
         """
         tensors = _encode(request, self, namespace)
-        self.prompt_logprobs = []
+        if self._prompt_is_scored(request):
+            tensors.append(("prompt_logprobs", _bytes([_logprobs([None, *self.prompt_logprobs])])))
+            self._prompt_told = True
         for choice in self.choices:
             choice.clear()
         return tensors
+
+    def _prompt_is_scored(self, request: Request) -> bool:
+        """Completely, and not told yet: other completions may have text before the first one's prompt is scored."""
+        wanted = request.params.prompt_logprobs is not None and not self._prompt_told
+        return wanted and len(self.prompt_logprobs) == self.num_input_tokens - 1
 
 
 def size(tensors: Sequence[tuple[str, Array]]) -> int:
@@ -60,8 +68,6 @@ def size(tensors: Sequence[tuple[str, Array]]) -> int:
 def _encode(request: Request, answer: Answer, namespace: str) -> list[tuple[str, Array]]:
     returns, choices = request.returns, answer.choices
     tensors = [("text_output", _bytes([request.echo + "".join(choice.text) for choice in choices]))]
-    if answer.prompt_logprobs:
-        tensors.append(("prompt_logprobs", _bytes([_logprobs([None, *answer.prompt_logprobs])])))
     if not returns:
         return tensors
     receipts = [choice.receipt for choice in choices if choice.receipt is not None]

@@ -13,13 +13,13 @@ from typing import Any, Protocol
 
 import numpy.typing as npt
 
-from radix_backend.errors import RadixError
+from radix_backend.errors import RadixError, Unavailable
 from radix_backend.metrics.recorder import Recorder
 from radix_backend.sidecar.sink import Delta
 from radix_backend.triton.request import Request
 from radix_backend.triton.response import Answer, size
 
-SPLIT_BYTES = 8192  # of content that still goes out together with FINAL
+SMALL_BYTES = 8192  # of content: what the stub has allocated holds so much
 
 
 class Wire(Protocol):
@@ -27,8 +27,8 @@ class Wire(Protocol):
 
     def send(self, tensors: list[tuple[str, npt.NDArray[Any]]], final: bool) -> None: ...
 
-    def finish(self) -> None:
-        """FINAL with no content."""
+    def has_room(self, size: int) -> bool:
+        """Whether shared memory takes so many bytes of content."""
 
     def refuse(self, error: RadixError) -> None:
         """The error, and FINAL."""
@@ -115,13 +115,12 @@ class Slot:
         if not self._answer.finished:
             self._wire.send(tensors, final=False)
             return
+        # FINAL goes with the last content, as vllm_backend sends it: alone it reaches only those gRPC clients
+        # that ask for empty responses. But a send with FINAL that finds no shared memory cannot be repeated, and the
+        # client would wait for ever. So what may not fit is not tried.
+        if (content := size(tensors)) > SMALL_BYTES and not self._wire.has_room(content):
+            self.fail(Unavailable(f"the response of {content} bytes finds no room in /dev/shm"))
+            return
         with self._closing:
-            # A send with FINAL that finds no shared memory can't be repeated, and the client would wait for ever:
-            # what may be large goes first.
-            if size(tensors) > SPLIT_BYTES:
-                self._wire.send(tensors, final=False)
-                self.ended = True
-                self._wire.finish()
-            else:
-                self.ended = True
-                self._wire.send(tensors, final=True)
+            self.ended = True
+            self._wire.send(tensors, final=True)

@@ -15,7 +15,7 @@ from radix_backend.metrics.recorder import Recorder
 from radix_backend.protocol import LENGTH, RUNNING, Receipt
 from radix_backend.sidecar.sink import Delta
 from radix_backend.triton.bridge import Bridge
-from radix_backend.triton.slot import SPLIT_BYTES
+from radix_backend.triton.slot import SMALL_BYTES
 from tests.triton.server import eventually
 
 RECEIPT = Receipt(3, 0, 0, 0.0, 0.0, 0.0, 0, False)
@@ -54,6 +54,7 @@ class Wire:
         self.sent: list[tuple[str | RadixError, bool]] = []
         self.cancelled = False
         self.broken = False  # content cannot be sent
+        self.room = 10**6  # bytes of shared memory
         self.gate: threading.Event | None = None  # a send waits for it
 
     def send(self, tensors: list[tuple[str, Any]], final: bool) -> None:
@@ -63,8 +64,8 @@ class Wire:
             raise RuntimeError("Failed to increase the shared memory pool size")
         self.sent.append((tensors[0][1][0].decode(), final))
 
-    def finish(self) -> None:
-        self.sent.append(("", True))
+    def has_room(self, size: int) -> bool:
+        return size <= self.room
 
     def refuse(self, error: RadixError) -> None:
         self.sent.append((error, True))
@@ -161,14 +162,25 @@ def test_held_back_text_makes_no_response(bridge: Bridge, engine: Engine) -> Non
     assert wire.sent == [("b", False)]
 
 
-def test_large_end_is_sent_before_final(bridge: Bridge, engine: Engine) -> None:
+def test_final_goes_with_the_last_content_however_large(bridge: Bridge, engine: Engine) -> None:
     wire = start(bridge)
-    engine.emit(1, "x" * (SPLIT_BYTES + 1), LENGTH)
+    engine.emit(1, "x" * (SMALL_BYTES + 1), LENGTH)
     eventually(lambda: wire.ended)
-    assert wire.sent == [("x" * (SPLIT_BYTES + 1), False), ("", True)]
+    assert wire.sent == [("x" * (SMALL_BYTES + 1), True)]
 
 
-@pytest.mark.parametrize("size", [1, SPLIT_BYTES + 1])
+def test_a_last_response_without_room_is_not_tried_but_ends_in_an_error(bridge: Bridge, engine: Engine) -> None:
+    wire, small = start(bridge), start(bridge)
+    wire.room = small.room = SMALL_BYTES
+    engine.emit(1, "x" * (SMALL_BYTES + 1), LENGTH)
+    engine.emit(2, "x" * SMALL_BYTES, LENGTH)
+    assert str(wire.error()) == f"the response of {SMALL_BYTES + 1} bytes finds no room in /dev/shm"
+    assert wire.error().code == "UNAVAILABLE"
+    eventually(lambda: small.ended)
+    assert small.sent == [("x" * SMALL_BYTES, True)]
+
+
+@pytest.mark.parametrize("size", [1, SMALL_BYTES + 1])
 def test_failed_send_aborts_the_request_and_ends_in_an_error(bridge: Bridge, engine: Engine, size: int) -> None:
     wire = start(bridge)
     wire.broken = True

@@ -99,14 +99,15 @@ def empty_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonSer
 
 
 def load(server: TritonServer, **parameters: str) -> str:
-    """The error of a load with these parameters in ``config.pbtxt``, and the reason that the index shows."""
+    """The reason that the index shows after a load with these parameters in ``config.pbtxt``; the error has it too."""
     config = {"backend": "python", "parameters": {name: {"string_value": value} for name, value in parameters.items()}}
     status, answer = server.post("/v2/repository/models/radix/load", {"parameters": {"config": json.dumps(config)}})
     assert status == 400
     _, index = server.post("/v2/repository/index", {})
     assert index[0]["state"] == "UNAVAILABLE"
-    assert index[0]["reason"] in answer["error"]
-    return str(answer["error"])
+    reason = str(index[0]["reason"])
+    assert reason in answer["error"]
+    return reason
 
 
 def test_wrong_settings_fail_the_load(empty_server: TritonServer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from tritonclient.utils import InferenceServerException
 
@@ -115,6 +117,29 @@ def test_reload_joins_the_lingering_sidecar(start_server: Callable[..., TritonSe
     assert server.post("/v2/repository/models/radix/load", {})[0] == 200
     server.wait_serving()
     assert engine.is_running()  # the sidecar lingered: nothing was loaded again
+
+
+def test_requests_before_the_engine_is_ready_are_told_at_once_what_it_does(
+    start_server: Callable[..., TritonServer],
+) -> None:
+    server = start_server()
+    server.wait_live()
+
+    def engine_process() -> psutil.Process | None:
+        with contextlib.suppress(psutil.Error, IndexError):  # on its way from the supervisor's program to its own
+            return server.sidecar().get("engine")
+        return None
+
+    engine = eventually(engine_process)
+    engine.suspend()
+    try:
+        status, answer = server.post("/v2/models/radix/generate", {"text_input": "a"})
+    finally:
+        engine.resume()
+    assert status == 400
+    assert answer["error"].startswith("the engine is starting: ")
+    assert any(phase in answer["error"] for phase in ("the engine process starts", "loading", "warming"))
+    server.wait_serving()
 
 
 def test_requests_are_refused_until_the_engine_is_ready(start_server: Callable[..., TritonServer]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 from collections import Counter
 from collections.abc import Iterator
@@ -98,6 +99,38 @@ def test_beyond_a_full_queue_requests_are_refused_at_once(start_tiny: Start) -> 
         with pytest.raises(InferenceServerException, match=r"16 requests wait \(max_queue_size\)"):
             list(stream(server.grpc, text_input="one more", sampling_parameters=LONG))
         assert present() == (4, 16)  # nobody had to go for the answer
+
+
+def test_the_queue_is_served_by_priority(start_tiny: Start) -> None:  # noqa: F811
+    server = start_tiny(max_bs=1)
+    server.wait_serving()
+    with server.engine() as engine, Stream(server.grpc) as shared:
+        with Stream(server.grpc) as first:
+            first.submit(text_input="first", sampling_parameters=LONG)
+            first.receive()
+            for waiting, priority in enumerate((3, 2, 1, 0), start=1):
+                sampling = GREEDY | {"max_tokens": 2, "priority": priority}
+                shared.submit(text_input="a", sampling_parameters=sampling, stream=False, request_id=f"{priority}")
+                eventually(lambda waiting=waiting: engine.stats()["requests_waiting"] == waiting)
+        assert [shared.receive().request_id for _ in range(4)] == ["0", "1", "2", "3"]
+
+
+def test_requests_that_gave_way_to_others_are_counted_and_lose_nothing(start_tiny: Start) -> None:  # noqa: F811
+    sampling = GREEDY | {"max_tokens": 300, "ignore_eos": True}
+    wanted = {"sampling_parameters": sampling, "stream": False, "return_token_ids": True, "return_cache_receipt": True}
+    prompts = [f"prompt {number}" for number in range(4)]
+    server = start_tiny(kv_cache_memory="256KiB")  # 512 tokens
+    server.wait_serving()
+    alone = [joined(list(stream(server.grpc, text_input=prompt, **wanted)), "token_ids") for prompt in prompts]
+    before = Metrics(server)
+    with Stream(server.grpc) as shared:
+        for number, prompt in enumerate(prompts):
+            shared.submit(text_input=prompt, request_id=f"{number}", **wanted)
+        responses = [shared.receive() for _ in prompts]
+    assert {int(response.request_id): response.outputs["token_ids"] for response in responses} == dict(enumerate(alone))
+    retractions = sum(json.loads(response.outputs["cache_receipt"][0])["retractions"] for response in responses)
+    assert retractions > 0
+    eventually(lambda: Metrics(server).since(before, "num_preemptions_total") == retractions)
 
 
 def published(server: TritonServer, name: str) -> float:

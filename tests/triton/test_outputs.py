@@ -159,6 +159,37 @@ def test_prompt_logprobs(tiny: TritonServer, tiny_engine: EngineClient) -> None:
     assert json.loads(whole.outputs["prompt_logprobs"][0]) == [None, *others]
 
 
+@pytest.mark.parametrize("sampling", [{}, {"truncate_prompt_tokens": 1}])
+def test_the_one_token_of_a_prompt_has_no_log_probability(tiny: TritonServer, sampling: dict[str, Any]) -> None:
+    text = "abc" if sampling else "a"
+    responses = ask(tiny, sampling | {"prompt_logprobs": 1}, text_input=text)
+    assert joined(responses, "prompt_logprobs") == ["[null]"]
+    assert responses[0].outputs["prompt_logprobs"] == ["[null]"]
+
+
+def test_prompt_logprobs_come_once_though_other_completions_begin_before(tiny: TritonServer) -> None:
+    prompt = "".join(chr(97 + number * number % 26) for number in range(3000))  # of several steps
+    sampling = {"prompt_logprobs": 0, "n": 3, "max_tokens": 40}
+    ask(tiny, {"max_tokens": 1}, text_input=prompt)  # all but the first completion find it in the cache
+    (output,) = joined(ask(tiny, sampling, text_input=prompt), "prompt_logprobs")
+    first, *others = json.loads(output)
+    assert (first, len(others)) == (None, len(prompt) - 1)
+    assert None not in others
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_final_comes_with_content_however_large(tiny: TritonServer, streamed: bool) -> None:
+    """Clients need not ask Triton for empty responses, which `FINAL` alone would be."""
+    prompt = "".join(chr(97 + number * number % 26) for number in range(600))
+    sampling = {"prompt_logprobs": 5, "logprobs": 20, "max_tokens": 60 if not streamed else 1}
+    responses = everything(tiny, sampling, text_input=prompt, stream=streamed)
+    assert len(str(responses[-1].outputs)) > 50_000
+    assert responses[-1].final
+    body = {"text_input": prompt, "return_logprobs": True, "sampling_parameters": json.dumps(SAMPLING | sampling)}
+    answer = tiny.generate(**body)
+    assert json.loads(answer["prompt_logprobs"]) == json.loads(responses[0].outputs["prompt_logprobs"][0])
+
+
 # ── several completions ──────────────────────────────────────────────────────────────────────
 
 

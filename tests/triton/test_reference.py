@@ -45,6 +45,9 @@ def test_what_comes_from_vllm_backend_leads_to_settings_and_metrics() -> None:
     settings = re.findall(r"^\| `[^|]*\| `(\w+)", keys, re.MULTILINE)
     assert len(settings) > 9
     assert set(settings) <= set(EngineConfig.__struct_fields__)
+    removed = re.findall(r"`(\w+)`", "".join(line for line in keys.splitlines() if "remove |" in line))
+    assert removed
+    assert set(removed).isdisjoint(EngineConfig.__struct_fields__)
     refused = re.findall(r"`(\w+)`", page[page.index("refused as unknown") : page.index("New are")])
     assert refused
     assert set(refused).isdisjoint(SamplingParams.__struct_fields__)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from radix_backend.errors import InvalidArgument, Unsupported
+from radix_backend.sampling_params import SamplingParams
 from radix_backend.triton.request import Request, parse
 
 
@@ -73,6 +74,21 @@ def test_sampling_parameters_beat_request_parameters() -> None:
 def test_priority_is_no_sampling_parameter(priority: int | str) -> None:
     assert parsed({"priority": priority}, text_input="a").priority == -3
     assert parsed(text_input="a", sampling_parameters=json.dumps({"priority": priority})).priority == -3
+
+
+@pytest.mark.parametrize("asked", [{}, {"n": 2}])
+def test_what_triton_s_openai_frontend_sends_with_every_request_asks_for_nothing(asked: dict[str, Any]) -> None:
+    """The defaults of its request types: ``logprobs`` of chat completions, ``best_of`` of completions."""
+    sent = asked | {"logprobs": False, "best_of": asked.get("n", 1), "max_tokens": 4}
+    params = parsed(text_input="a", sampling_parameters=json.dumps(sent)).params
+    assert params == SamplingParams(max_tokens=4, **asked)
+    with pytest.raises(InvalidArgument, match="unknown sampling parameter 'best_of'"):
+        parsed(text_input="a", sampling_parameters=json.dumps(sent | {"best_of": 5}))
+
+
+@pytest.mark.parametrize(("given", "seed"), [(-1, None), ("-1", None), (-5, 2**63 - 5), (7, 7), (-(2**63), 0)])
+def test_negative_seeds_are_seeds_but_for_the_one_that_vllm_draws(given: int | str, seed: int | None) -> None:
+    assert parsed({"seed": given}, text_input="a").params.seed == seed
 
 
 def test_wanted_outputs() -> None:

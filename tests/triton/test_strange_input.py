@@ -169,7 +169,7 @@ WRONG_PARAMETERS: dict[str, tuple[str, str]] = {
     "fewer-than-none": ('{"max_tokens": -5}', "sampling parameter 'max_tokens' is -5; accepted: int >= 1"),
     "half-a-token": ('{"max_tokens": 1.5}', "sampling parameter 'max_tokens' is 1.5; accepted: int"),
     "beyond-64-bits": (f'{{"max_tokens": {10**30}}}', "sampling parameter 'max_tokens' is 1"),
-    "negative-seed": ('{"seed": -1}', "sampling parameter 'seed' is -1; accepted: int >= 0"),
+    "a-seed-beyond-64-bits": (f'{{"seed": {-(2**63) - 1}}}', "sampling parameter 'seed' is -9223372036854775809; "),
     "ten-thousand-stops": (json.dumps({"stop": MANY}), "'stop' is ['stop0', 'stop1', "),
     "an-empty-stop": ('{"stop": [""]}', "sampling parameter 'stop' holds ''; accepted: strings of 1 to 1024"),
     "a-megabyte-of-stop": (json.dumps({"stop": "x" * 10**6}), "…; accepted: strings of 1 to 1024 characters"),

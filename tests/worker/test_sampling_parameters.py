@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from radix_backend.config import EngineConfig
+from radix_backend.models.decoder import Decoder
 from radix_backend.process import Reporter
 from radix_backend.protocol import array
 from radix_backend.sampling_params import SamplingParams
@@ -147,6 +148,22 @@ def test_logprobs_are_the_models_own_whatever_the_sampler_does(model, sampling):
         check_scores(scores, token, logits[24 + n], 4)
     assert silent.logprobs == []
     assert [len(entries(scores)) for scores in none.logprobs] == [1] * 10
+
+
+def test_the_logits_of_a_long_prompt_are_never_in_memory_at_once(model, monkeypatch):
+    directory, _ = model
+    rows = []
+
+    def whole_logits(self, hidden, which, whole_logits=Decoder.whole_logits):
+        rows.append(len(which))
+        return whole_logits(self, hidden, which)
+
+    monkeypatch.setattr(Decoder, "whole_logits", whole_logits)
+    with driver(directory) as d:
+        d.step((d.new(0, prompt(390), prompt_logprobs=1), 390))
+        assert sum(map(len, d.prompt_logprobs)) == 389
+    assert sum(rows) >= 389
+    assert max(rows) <= 64
 
 
 @pytest.mark.parametrize("chunks", [[150], [1, 149], [70, 1, 79], [16, 17, 117], [1] * 150])
