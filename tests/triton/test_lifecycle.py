@@ -97,7 +97,7 @@ def test_sigterm_leaves_no_process_socket_or_shared_memory(start_server: Callabl
 
 
 def test_stream_completes_during_sigterm(start_server: Callable[..., TritonServer]) -> None:
-    server = start_server()
+    server = start_server("--exit-timeout-secs=60")
     server.wait_serving()
     parts: list[Response] = []
     with Stream(server.grpc) as stream:
@@ -122,7 +122,7 @@ def test_reload_joins_the_lingering_sidecar(start_server: Callable[..., TritonSe
 def test_requests_before_the_engine_is_ready_are_told_at_once_what_it_does(
     start_server: Callable[..., TritonServer],
 ) -> None:
-    server = start_server()
+    server = start_server(namespace="held back")  # no engine lingers there
     server.wait_live()
 
     def engine_process() -> psutil.Process | None:
