@@ -188,18 +188,15 @@ class EngineConfig(
                 f"(tp_size {self.tp_size} x pp_size {self.pp_size})"
             )
         if self.executor == "local":
-            if self.ray_address is not None:
-                raise InvalidArgument(
-                    f"setting 'ray_address' is {show(self.ray_address)}; accepted with executor 'local': nothing"
-                )
-        elif self.num_ranks == 1:
+            return
+        if self.num_ranks == 1:
             raise InvalidArgument("setting 'executor' is 'ray'; accepted with one rank (tp_size x pp_size): 'local'")
-        elif ids is not None:
+        if ids is not None:
             raise InvalidArgument(
                 f"setting 'device_ids' is {show(','.join(map(str, ids)))}; accepted with executor 'ray': nothing, for "
                 "Ray gives each rank its GPU"
             )
-        elif (self.ray_address or "").startswith("ray://"):
+        if (self.ray_address or "").startswith("ray://"):
             raise InvalidArgument(
                 f"setting 'ray_address' is {show(self.ray_address)}; accepted: HOST:PORT of the cluster's head, for "
                 "the engine runs on one of the cluster's hosts"
