@@ -17,7 +17,7 @@ from zmq.utils import z85
 
 HEARTBEAT_SECONDS = 0.5  # between two signs of life
 SILENCE_SECONDS = 3.5  # without one: the other host is gone, or the network between
-_CONNECT_SECONDS = 10.0  # for ranks that run already
+_CONNECT_SECONDS = 30.0  # for an engine, or ranks, that run already: accepting them may have to wait for an interpreter
 _FLUSH_SECONDS = 2.0
 
 

@@ -28,7 +28,7 @@ from radix_backend.errors import RadixError, Unavailable
 from radix_backend.process import die_with_parent
 from radix_backend.version import __version__
 from radix_backend.worker.agent import Place, RankAgent
-from radix_backend.worker.ray_placement import Ended, Placed, Refused, Wish, decode_tasks, decode_wish, encode
+from radix_backend.worker.ray_placement import Ended, Joined, Placed, Refused, Wish, decode_tasks, decode_wish, encode
 
 _STAGE_SECONDS = 10.0  # for whole stages to find room, before ranks are placed one by one
 _TICK = 0.2  # seconds between looks at the engine
@@ -40,6 +40,7 @@ def main() -> None:
     wish = decode_wish(connection.recv_bytes())
     try:
         _connect(wish)
+        connection.send_bytes(encode(Joined()))
         actors, places = _place(wish)
     except RadixError as error:
         connection.send_bytes(encode(Refused(error.code, str(error))))

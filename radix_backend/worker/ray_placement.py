@@ -31,6 +31,10 @@ class Wish(msgspec.Struct, frozen=True):
     patience: float  # seconds for room to be found, and again for actors to start
 
 
+class Joined(msgspec.Struct, frozen=True, tag=True):
+    """The cluster has answered."""
+
+
 class Placed(msgspec.Struct, frozen=True, tag=True):
     places: list[Place]  # by rank
 
@@ -50,7 +54,7 @@ class Ended(msgspec.Struct, frozen=True, tag=True):
 encode = msgspec.msgpack.encode
 decode_wish = msgspec.msgpack.Decoder(Wish).decode
 decode_tasks = msgspec.msgpack.Decoder(list[RankTask]).decode
-_decode = msgspec.msgpack.Decoder(Placed | Refused | Ended).decode
+_decode = msgspec.msgpack.Decoder(Joined | Placed | Refused | Ended).decode
 
 
 class RayPlacement:
@@ -84,25 +88,26 @@ class RayPlacement:
         theirs.close()
         self._connection.send_bytes(encode(self._wish))
         try:
-            answer = self._answer(CONNECT_SECONDS + 3 * self._wish.patience)
+            self._answer(CONNECT_SECONDS)
+            placed = self._answer(3 * self._wish.patience)  # it has bounds of its own, which tell more
         except BaseException:
-            self.close()
+            self.close(0)
             raise
-        if isinstance(answer, Refused):
-            self.close()
-            raise from_code(answer.code, answer.message)
-        assert isinstance(answer, Placed)
-        return answer.places
+        assert isinstance(placed, Placed)
+        return placed.places
 
-    def _answer(self, patience: float) -> Placed | Refused | Ended:
+    def _answer(self, patience: float) -> Joined | Placed | Ended:
         assert self._connection is not None
-        where = self._wish.address or "RAY_ADDRESS, or of this host"
+        where = f" at {self._wish.address}" if self._wish.address else ""
         if not self._connection.poll(patience):
-            raise Unavailable(f"the Ray cluster at {where} did not answer within {patience:g} s")
+            raise Unavailable(f"the Ray cluster{where} did not answer within {patience:g} s")
         try:
-            return _decode(self._connection.recv_bytes())
+            answer = _decode(self._connection.recv_bytes())
         except EOFError:
-            raise Unavailable(f"the Ray cluster at {where} cannot be used: Ray's client has ended") from None
+            raise Unavailable(f"the Ray cluster{where} cannot be used: Ray's client has ended") from None
+        if isinstance(answer, Refused):
+            raise from_code(answer.code, answer.message)
+        return answer
 
     def start(self, tasks: Sequence[RankTask]) -> None:
         assert self._connection is not None
@@ -121,12 +126,12 @@ class RayPlacement:
             found.append((message.rank, message.how))
         return found
 
-    def close(self) -> None:
+    def close(self, patience: float = _CLOSE_SECONDS) -> None:
         if self._connection is None or self._client is None:
             return
         self._connection.close()
         try:
-            self._client.wait(_CLOSE_SECONDS)
+            self._client.wait(patience)
         except subprocess.TimeoutExpired:
             self._client.kill()
             self._client.wait()

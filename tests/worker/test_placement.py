@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from radix_backend.config import EngineConfig
-from radix_backend.errors import Unavailable
+from radix_backend.errors import NotFound, Unavailable
 from radix_backend.process import Reporter
+from radix_backend.worker import ray_placement
 from radix_backend.worker.agent import Place
 from radix_backend.worker.remote_executor import RemoteExecutor, tp_on_one_host, visible_gpu
 from tests.worker.two_hosts import OneAgent
@@ -56,3 +57,17 @@ def test_a_gpu_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (visible_gpu("3"), visible_gpu("GPU-5")) == (1, 2)
     with pytest.raises(Unavailable, match="given GPU 0 of this host, which CUDA_VISIBLE_DEVICES=2, 3,GPU-5 hides"):
         visible_gpu("0")
+
+
+def test_a_cluster_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.setattr(ray_placement, "CONNECT_SECONDS", 2.0)
+    config = EngineConfig(tp_size=2, executor="ray", device="cpu", ray_address="127.0.0.9:1")
+    with pytest.raises(Unavailable, match=r"the Ray cluster at 127\.0\.0\.9:1 did not answer within 2 s"):
+        ray_placement.RayPlacement(config).place()
+
+
+def test_a_missing_package_is_told_with_its_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(NotFound, match=r"takes the package ray; install it with: .* install 'radix-backend\[ray\]'"):
+        ray_placement.RayPlacement(EngineConfig(tp_size=2, executor="ray")).place()
