@@ -16,7 +16,10 @@ from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils import z85
 
 HEARTBEAT_SECONDS = 0.5  # between two signs of life
-SILENCE_SECONDS = 3.5  # without one: the other host is gone, or the network between
+SILENCE_SECONDS = 3.5  # without one: a rank's host is gone, or the network between
+# The same of the engine's host, for its ranks. A killed engine is noticed at once; this is for a host that is silent. It
+# is longer, because the library takes the time in which it stood still itself for silence.
+ENGINE_SILENCE_SECONDS = 10.0
 _CONNECT_SECONDS = 30.0  # for an engine, or ranks, that run already: accepting them may have to wait for an interpreter
 _FLUSH_SECONDS = 2.0
 
@@ -109,7 +112,7 @@ def connect(context: zmq.Context[zmq.Socket[bytes]], kind: int, address: str, do
     socket.set_hwm(0)
     # By the library's own threads, which wait for no interpreter: a busy engine answers too.
     socket.setsockopt(zmq.HEARTBEAT_IVL, int(HEARTBEAT_SECONDS * 1000))
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(SILENCE_SECONDS * 1000))
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(ENGINE_SILENCE_SECONDS * 1000))
     socket.connect(address)
     return socket
 
@@ -146,8 +149,10 @@ class Lifeline:
         self._context = zmq.Context()
         self._reports = connect(self._context, zmq.PUSH, door.reports, door)
         self._address = door.reports
+        self._linger = int(_FLUSH_SECONDS * 1000)
         self.monitor = self._reports.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
         if not self._connected():
+            self._linger = 0
             self.close()
             raise EngineLost(f"cannot reach the engine at {self._address}: is a firewall between?")
 
@@ -162,6 +167,7 @@ class Lifeline:
         """Raises EngineLost where the connection has ended."""
         while self.monitor.poll(0):
             if self._event() == zmq.EVENT_DISCONNECTED:
+                self._linger = 0
                 raise EngineLost(f"the engine at {self._address} does not answer any more")
 
     def _event(self) -> int:
@@ -175,4 +181,4 @@ class Lifeline:
 
     def close(self) -> None:
         self._reports.disable_monitor()
-        self._context.destroy(linger=int(_FLUSH_SECONDS * 1000))
+        self._context.destroy(linger=self._linger)

@@ -120,10 +120,13 @@ class RayPlacement:
     def ended(self) -> list[tuple[int, str]]:
         assert self._connection is not None
         found = []
-        while self._connection.poll():
-            message = _decode(self._connection.recv_bytes())
-            assert isinstance(message, Ended)
-            found.append((message.rank, message.how))
+        try:
+            while self._connection.poll():
+                message = _decode(self._connection.recv_bytes())
+                assert isinstance(message, Ended)
+                found.append((message.rank, message.how))
+        except OSError:  # as its end may look where something was under way
+            raise EOFError from None
         return found
 
     def close(self, patience: float = _CLOSE_SECONDS) -> None:

@@ -56,7 +56,7 @@ class RemoteExecutor:
         self._placement = placement
         self._places: list[Place] = []
         self._left: set[int] = set()  # ranks that have not ended
-        self._started_at = 0.0
+        self._started_at = self._looked_at = 0.0
         self._heard: dict[int, float] = {}  # when last, by rank
         self._ended: list[tuple[float, RankEnded]] = []  # when it was known
         self._finished = threading.Event()
@@ -90,7 +90,7 @@ class RemoteExecutor:
             return RankTask(rank, msgspec.json.encode(spec), hub.door(rank))
 
         self._left = set(range(1, config.num_ranks))
-        self._started_at = time.monotonic()
+        self._started_at = self._looked_at = time.monotonic()
         self._placement.start([task(rank) for rank in sorted(self._left)])
         return Meeting(port, host, host, gpu, one_host), listener
 
@@ -125,6 +125,9 @@ class RemoteExecutor:
 
     def _look_for_ends(self) -> None:
         now = time.monotonic()
+        if (standstill := now - self._looked_at) > 4 * _TICK:  # of this process, which says nothing of others
+            self._heard = {rank: at + standstill for rank, at in self._heard.items()}
+        self._looked_at = now
         try:
             for rank, how in self._placement.ended():
                 self._lose(rank, how)
