@@ -17,8 +17,8 @@ from zmq.utils import z85
 
 HEARTBEAT_SECONDS = 0.5  # between two signs of life
 SILENCE_SECONDS = 3.5  # without one: a rank's host is gone, or the network between
-# The same of the engine's host, for its ranks. A killed engine is noticed at once; this is for a host that is silent. It
-# is longer, because the library takes the time in which it stood still itself for silence.
+# The same of the engine's host, for its ranks. A killed engine is noticed at once; this is for a host that is silent.
+# Longer, because the library takes the time in which it stood still itself for silence.
 ENGINE_SILENCE_SECONDS = 10.0
 _CONNECT_SECONDS = 30.0  # for an engine, or ranks, that run already: accepting them may have to wait for an interpreter
 _FLUSH_SECONDS = 2.0

@@ -126,7 +126,7 @@ class RemoteExecutor:
     def _look_for_ends(self) -> None:
         now = time.monotonic()
         if (standstill := now - self._looked_at) > 4 * _TICK:  # of this process, which says nothing of others
-            self._heard = {rank: at + standstill for rank, at in self._heard.items()}
+            self._heard = {rank: min(at + standstill, now) for rank, at in self._heard.items()}
         self._looked_at = now
         try:
             for rank, how in self._placement.ended():
