@@ -37,6 +37,8 @@ class Executor(Protocol):
     One thread calls `receive`, another everything else.
     """
 
+    notice_seconds: float  # in which `receive` knows of a rank's end
+
     def start(self, config: EngineConfig, model_dir: Path, reporter: Reporter) -> tuple[Meeting, socket.socket]:
         """Returns where rank 0 meets those it started, listening already. Raises RadixError; nothing runs then."""
 
@@ -55,6 +57,8 @@ class Executor(Protocol):
 
 class LocalExecutor:
     """Ranks are child processes, reached over socket pairs."""
+
+    notice_seconds = 2.0
 
     def __init__(self, program: Sequence[str] = RANK_PROGRAM) -> None:
         """``program``: what this interpreter runs as a rank."""

@@ -25,7 +25,6 @@ log = logging.getLogger(__name__)
 
 STEP_SECONDS = 30.0  # without progress of any rank while steps are in flight: what is wrong will not mend itself
 _EXIT_SECONDS = 5.0  # for ranks to end by themselves
-_BLAME_SECONDS = 2.0  # for the end of a rank to be noticed
 _EXIT_LOST = 1  # status of this process when a rank is lost
 
 
@@ -59,7 +58,7 @@ class ParallelWorker:
         self._watch = threading.Thread(target=self._look_after_ranks, name="ranks", daemon=True)
         self._watch.start()
         try:
-            with _blame():
+            with self._blame():
                 self._ranks = join(config, 0, meeting, listener)
                 self._own = make_runner(config, model_dir, reporter, self._ranks)
         except BaseException:
@@ -72,12 +71,12 @@ class ParallelWorker:
             self._progress_at = time.monotonic()
         self._num_launched += 1
         data = encode(plan)
-        with _blame():
+        with self._blame():
             self._executor.send(data)
             self._own.launch(plan)
 
     def settle(self) -> StepResult:
-        with _blame():
+        with self._blame():
             result = self._own.settle()
         if not self._is_last_stage:
             result = self._results.get()
@@ -129,20 +128,19 @@ class ParallelWorker:
             self._reporter.failed(message.message)
             self._end(f"rank {event.rank}: {message.message}", EXIT_FATAL)
 
+    @contextlib.contextmanager
+    def _blame(self) -> Iterator[None]:
+        """Inside, an error may be what another rank's end has caused: the watch, which knows the reason, comes first."""
+        try:
+            yield
+        except RadixError:
+            raise
+        except Exception:
+            time.sleep(self._executor.notice_seconds)
+            raise
+
     def _end(self, reason: str, status: int = _EXIT_LOST) -> None:
         log.error("%s", reason)
         self._reporter.last_words(reason)
         sys.stderr.flush()
         os._exit(status)
-
-
-@contextlib.contextmanager
-def _blame() -> Iterator[None]:
-    """Inside, an error may be what another rank's end has caused: the watch, which knows the reason, comes first."""
-    try:
-        yield
-    except RadixError:
-        raise
-    except Exception:
-        time.sleep(_BLAME_SECONDS)
-        raise

@@ -95,8 +95,8 @@ def join(config: EngineConfig, rank: int, meeting: Meeting, listener: socket.soc
     cuda = use_gpu(config, meeting.gpu)
     os.environ["NCCL_NVLS_ENABLE"] = "0"  # multicast needs memory that other engines on the host may have taken
     if interface := _interface_of(meeting.own_host):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # without the sign: all that begin so
+        _prefer("GLOO_SOCKET_IFNAME", interface)
+        _prefer("NCCL_SOCKET_IFNAME", f"={interface}")  # without the sign: all that begin so
     world = config.num_ranks
     store = dist.TCPStore(
         meeting.host,
@@ -120,6 +120,15 @@ def join(config: EngineConfig, rank: int, meeting: Meeting, listener: socket.soc
     if cuda and config.tp_size > 1 and config.all_reduce != "nccl" and meeting.tp_on_one_host:
         _use_one_shot(config, ranks)
     return ranks
+
+
+_preferred: dict[str, str] = {}
+
+
+def _prefer(name: str, value: str) -> None:
+    """Set an environment variable that the user has not set; what an earlier worker of this process wanted is past."""
+    if os.environ.get(name) in (None, _preferred.get(name)):
+        os.environ[name] = _preferred[name] = value
 
 
 def _interface_of(address: str) -> str | None:

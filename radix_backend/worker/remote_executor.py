@@ -52,6 +52,8 @@ class Placement(Protocol):
 class RemoteExecutor:
     """`Executor` of ranks that a `Placement` places. Rank 0 uses the place it is given."""
 
+    notice_seconds = SILENCE_SECONDS + _LAST_WORDS_SECONDS + 2 * _TICK  # where the network alone tells
+
     def __init__(self, placement: Placement) -> None:
         self._placement = placement
         self._places: list[Place] = []

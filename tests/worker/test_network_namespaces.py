@@ -60,9 +60,13 @@ def test_ranks_on_two_hosts_stream_as_one_process_until_the_cable_is_pulled(
     here, there = (["ip", "netns", "exec", host] for host in hosts)
     program = [sys.executable, "-m", "tests.worker.two_hosts", "ENGINE", os.fspath(model), *ADDRESSES]
     log = tmp_path / "stderr"
+    # Not what workers of this process have set.
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_SOCKET_IFNAME")}
     with (
         open(log, "w") as stderr,
-        subprocess.Popen([*here, *program, *there], stdout=subprocess.PIPE, stderr=stderr, text=True) as engine,
+        subprocess.Popen(
+            [*here, *program, *there], stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment
+        ) as engine,
     ):
         try:
             assert engine.stdout is not None
