@@ -130,7 +130,7 @@ class ParallelWorker:
 
     @contextlib.contextmanager
     def _blame(self) -> Iterator[None]:
-        """Inside, an error may be what another rank's end has caused: the watch, which knows the reason, comes first."""
+        """Inside, an error may come of another rank's end: the watch, which knows the reason, goes first."""
         try:
             yield
         except RadixError:
