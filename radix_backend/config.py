@@ -109,13 +109,21 @@ class EngineConfig(
     pp_size: Annotated[
         int, Meta(ge=1, description="pipeline parallel stages: each has a part of the layers, and tp_size ranks")
     ] = 1
+    executor: Annotated[
+        Literal["local", "ray"],
+        Meta(description="what places several ranks: local: on this host; ray: a Ray cluster, on any of its hosts"),
+    ] = "local"
+    ray_address: Annotated[
+        Annotated[str, Meta(min_length=1)] | None,
+        Meta(description="HOST:PORT of the Ray cluster's head; default: RAY_ADDRESS, or the cluster of this host"),
+    ] = None
     device_ids: Annotated[
         tuple[Annotated[int, Meta(ge=0)], ...] | None,
         Meta(description="GPUs of the ranks, stage by stage ('0,1' is understood); default: the first ones"),
     ] = None
     nccl_port: Annotated[
         Annotated[int, Meta(ge=1, le=65535)] | None,
-        Meta(description="TCP port, on this host alone, where the ranks find each other; default: a free one"),
+        Meta(description="TCP port where the ranks find each other, on the engine's host; default: a free one"),
     ] = None
     all_reduce: Annotated[
         Literal["auto", "nccl", "one-shot"],
@@ -181,6 +189,20 @@ class EngineConfig(
             raise InvalidArgument(
                 f"setting 'device_ids' is {show(','.join(map(str, ids)))}; accepted: {self.num_ranks} different ids "
                 f"(tp_size {self.tp_size} x pp_size {self.pp_size})"
+            )
+        if self.executor == "local":
+            return
+        if self.num_ranks == 1:
+            raise InvalidArgument("setting 'executor' is 'ray'; accepted with one rank (tp_size x pp_size): 'local'")
+        if ids is not None:
+            raise InvalidArgument(
+                f"setting 'device_ids' is {show(','.join(map(str, ids)))}; accepted with executor 'ray': nothing, for "
+                "Ray gives each rank its GPU"
+            )
+        if (self.ray_address or "").startswith("ray://"):
+            raise InvalidArgument(
+                f"setting 'ray_address' is {show(self.ray_address)}; accepted: HOST:PORT of the cluster's head, for "
+                "the engine runs on one of the cluster's hosts"
             )
 
     @property

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 # takes half as long again.
 _SPIN_COUNT = "10000"
 
-__all__ = ["create_profiler", "create_worker", "settle_device"]
+__all__ = ["create_profiler", "create_worker", "set_spin_count", "settle_device"]
 
 
 def settle_device(config: EngineConfig) -> EngineConfig:
     """``config`` with the device that is there, and what depends on it. Raises Unavailable where it cannot be used."""
-    _set_spin_count()
+    set_spin_count()
     from radix_backend.worker.precision import settle_dtype
     from radix_backend.worker.selection import select_device
 
@@ -34,7 +34,7 @@ def create_worker(config: EngineConfig, model_dir: Path, reporter: Reporter) -> 
     """Load the model in ``model_dir``. Raises RadixError for what the user can mend."""
     if not config.is_settled:
         config = settle_device(config)
-    _set_spin_count()
+    set_spin_count()
     from radix_backend.worker.selection import select_worker
 
     return select_worker(config, model_dir, reporter)
@@ -47,6 +47,7 @@ def create_profiler(config: EngineConfig) -> Profiler:
     return TorchProfiler(Path(config.profile_dir).expanduser() if config.profile_dir else radix_home() / "profiles")
 
 
-def _set_spin_count() -> None:
+def set_spin_count() -> None:
+    """For this process, if it has not imported torch yet, and for those it starts."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)  # libgomp reads it when torch is imported

@@ -20,7 +20,7 @@ from torch import Tensor
 from radix_backend.config import EngineConfig
 from radix_backend.layers.tensor_parallel import TensorParallel
 from radix_backend.process import PARENT_PID, die_with_parent
-from radix_backend.worker.ranks import Ranks, join, listen
+from radix_backend.worker.ranks import Meeting, Ranks, join, listen, own_gpu
 
 _SIZES = [8 << 10 << shift for shift in range(10)]  # bytes: 8 KiB to 4 MiB
 _CALLS = 20  # in a graph
@@ -39,7 +39,7 @@ def main() -> None:
     config = EngineConfig.parse({"tp_size": arguments.ranks, "device": device, "all_reduce": "nccl", **ids})
     if arguments.rank:
         die_with_parent()
-        _measure(join(config, arguments.rank, arguments.port))
+        _measure(join(config, arguments.rank, Meeting(arguments.port, gpu=own_gpu(config, arguments.rank))))
         return
     listener = listen(config)
     port = listener.getsockname()[1]
@@ -49,7 +49,7 @@ def main() -> None:
         subprocess.Popen([*command, f"--rank={rank}", f"--port={port}"], env=environment)
         for rank in range(1, arguments.ranks)
     ]
-    _measure(join(config, 0, port, listener))
+    _measure(join(config, 0, Meeting(port, gpu=own_gpu(config, 0)), listener))
     for process in others:
         process.wait()
 

@@ -28,6 +28,19 @@ class RankFailed(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
+class RankAlive(msgspec.Struct, frozen=True, tag=True):
+    """The rank's host answers; says nothing of progress."""
+
+
+class RankLog(msgspec.Struct, frozen=True, tag=True):
+    """Lines that the rank wrote to stderr on another host."""
+
+    text: str
+
+
+FromRank = RankProgress | RankResult | RankFailed | RankAlive | RankLog
+
+
 def _array_bytes(value: Any) -> bytes:
     if isinstance(value, np.ndarray):
         return value.tobytes()
@@ -43,4 +56,4 @@ def _array(kind: Any, data: bytes) -> Any:
 _encoder = msgspec.msgpack.Encoder(enc_hook=_array_bytes)
 encode = _encoder.encode
 decode_plan = msgspec.msgpack.Decoder(StepPlan, dec_hook=_array).decode
-decode_from_rank = msgspec.msgpack.Decoder(RankProgress | RankResult | RankFailed, dec_hook=_array).decode
+decode_from_rank = msgspec.msgpack.Decoder(FromRank, dec_hook=_array).decode

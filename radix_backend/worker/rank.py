@@ -1,5 +1,7 @@
 """``python -m radix_backend.worker.rank SPEC_JSON``: a rank beside the engine's own, in a process of its own.
 
+A SPEC_JSON of ``-`` is read from stdin.
+
 It takes step plans from the engine's process and executes them; of the results only the engine's process may want some.
 """
 
@@ -13,16 +15,18 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 import msgspec
 
 from radix_backend.config import EngineConfig
 from radix_backend.errors import RadixError
+from radix_backend.loading import resolve_model
 from radix_backend.process import Reporter, die_with_parent, setup_logging
+from radix_backend.worker.channel import Door, RemoteConnection
 from radix_backend.worker.interface import Worker
 from radix_backend.worker.messages import RankFailed, RankProgress, RankResult, decode_plan, encode
-from radix_backend.worker.ranks import Ranks, join
+from radix_backend.worker.ranks import Meeting, Ranks, join
 
 MakeRunner = Callable[[EngineConfig, Path, Reporter, Ranks], Worker]
 
@@ -35,14 +39,25 @@ class RankSpec(msgspec.Struct, frozen=True):
     config: EngineConfig  # settled
     model_dir: str
     rank: int
-    connection: int  # inherited file descriptor
-    port: int  # where the ranks meet
+    connection: int | Door  # inherited file descriptor, or the way from another host
+    meeting: Meeting
+
+
+class ToEngine(Protocol):
+    """A `Connection`, or the like of it."""
+
+    def recv_bytes(self) -> bytes:
+        """The next plan; empty once there are no more."""
+
+    def send_bytes(self, data: bytes) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class _RankReporter(Reporter):
     """Tells the engine's process instead of the supervisor."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: ToEngine) -> None:
         super().__init__()
         self._connection = connection
         self._writing = threading.Lock()
@@ -65,13 +80,18 @@ class _RankReporter(Reporter):
 
 def serve(spec: RankSpec, make_runner: MakeRunner) -> NoReturn:
     """Until the engine has no more plans."""
-    connection = Connection(spec.connection)
+    door = spec.connection
+    connection: ToEngine = RemoteConnection(door) if isinstance(door, Door) else Connection(door)
     reporter = _RankReporter(connection)
     try:
-        ranks = join(spec.config, spec.rank, spec.port)
-        runner = make_runner(spec.config, Path(spec.model_dir), reporter, ranks)
+        model_dir = Path(spec.model_dir)
+        if not model_dir.is_dir():  # on another host than the engine's
+            model_dir = resolve_model(spec.config, reporter)
+        ranks = join(spec.config, spec.rank, spec.meeting)
+        runner = make_runner(spec.config, model_dir, reporter, ranks)
     except RadixError as error:
         reporter.send(RankFailed(error.code, str(error)))
+        connection.close()
         raise SystemExit(1) from None
     reports = spec.rank == spec.config.num_ranks - spec.config.tp_size and spec.rank > 0
     launched = threading.Semaphore(0)
@@ -101,7 +121,8 @@ def serve(spec: RankSpec, make_runner: MakeRunner) -> NoReturn:
 
 def run(make_runner: MakeRunner) -> None:
     die_with_parent()
-    spec = msgspec.json.decode(sys.argv[1], type=RankSpec)
+    text = sys.stdin.read() if sys.argv[1] == "-" else sys.argv[1]
+    spec = msgspec.json.decode(text, type=RankSpec)
     setup_logging(spec.config.log_level, f"rank {spec.rank}")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # as the engine: the supervisor decides
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the engine says when

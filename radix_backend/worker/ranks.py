@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
+import msgspec
 import torch
 import torch.distributed as dist
 
@@ -19,8 +20,18 @@ from radix_backend.worker.pipeline import Link, Pipeline
 
 log = logging.getLogger(__name__)
 
-HOST = "127.0.0.1"
+LOOPBACK = "127.0.0.1"
 _START_SECONDS = 3600  # for all ranks to have read their weights; a rank that dies meanwhile is noticed otherwise
+
+
+class Meeting(msgspec.Struct, frozen=True):
+    """Where the ranks meet, and how one of them takes part."""
+
+    port: int
+    host: str = LOOPBACK  # address of rank 0's host
+    own_host: str = LOOPBACK  # address of this rank's host, by which the others reach it
+    gpu: int = 0  # this rank's, among those that its process sees
+    tp_on_one_host: bool = True  # whether that is so for the ranks of every stage
 
 
 @dataclass
@@ -28,6 +39,7 @@ class Ranks:
     """One rank's place among all. The default is alone."""
 
     rank: int = 0
+    gpu: int = 0  # among those that this process sees
     tp: TensorParallel = ALONE
     pipeline: Pipeline[Any] | None = None  # where there are several stages
     _grouped: bool = field(default=False, kw_only=True)
@@ -48,12 +60,12 @@ class Ranks:
 NO_OTHERS = Ranks()
 
 
-def listen(config: EngineConfig) -> socket.socket:
+def listen(config: EngineConfig, host: str = LOOPBACK) -> socket.socket:
     """Where rank 0 waits for the others. Raises InvalidArgument where ``nccl_port`` is taken."""
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((HOST, config.nccl_port or 0))
+        listener.bind((host, config.nccl_port or 0))
     except OSError as error:
         raise InvalidArgument(
             f"setting 'nccl_port' is {config.nccl_port}, which cannot be listened on: {error.strerror}"
@@ -62,27 +74,33 @@ def listen(config: EngineConfig) -> socket.socket:
     return listener
 
 
-def use_device(config: EngineConfig, rank: int) -> bool:
-    """Make this rank's GPU the current one; False where there is none."""
+def own_gpu(config: EngineConfig, rank: int) -> int:
+    """The GPU of a rank on this host."""
+    return rank if config.device_ids is None else config.device_ids[rank]
+
+
+def use_gpu(config: EngineConfig, gpu: int) -> bool:
+    """Make this GPU the current one; False where the device is none."""
     cuda = config.device == "cuda" and torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(rank if config.device_ids is None else config.device_ids[rank])
+        torch.cuda.set_device(gpu)
     return cuda
 
 
-def join(config: EngineConfig, rank: int, port: int, listener: socket.socket | None = None) -> Ranks:
-    """Meet the other ranks at ``port``; rank 0 has the ``listener`` for it.
+def join(config: EngineConfig, rank: int, meeting: Meeting, listener: socket.socket | None = None) -> Ranks:
+    """Meet the other ranks; rank 0 has the ``listener`` for it.
 
-    Collectives on CUDA tensors go through NCCL, on others through gloo, both without leaving this host.
+    Collectives on CUDA tensors go through NCCL, on others through gloo, both on the interface of ``own_host``.
     """
-    cuda = use_device(config, rank)
+    cuda = use_gpu(config, meeting.gpu)
     os.environ["NCCL_NVLS_ENABLE"] = "0"  # multicast needs memory that other engines on the host may have taken
-    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        os.environ.setdefault(name, "lo")
+    if interface := _interface_of(meeting.own_host):
+        _prefer("GLOO_SOCKET_IFNAME", interface)
+        _prefer("NCCL_SOCKET_IFNAME", f"={interface}")  # without the sign: all that begin so
     world = config.num_ranks
     store = dist.TCPStore(
-        HOST,
-        port,
+        meeting.host,
+        meeting.port,
         world,
         is_master=listener is not None,
         timeout=timedelta(seconds=_START_SECONDS),
@@ -97,10 +115,33 @@ def join(config: EngineConfig, rank: int, port: int, listener: socket.socket | N
         timeout=timedelta(seconds=_START_SECONDS),
     )
     stage, tp_rank = divmod(rank, config.tp_size)
-    ranks = Ranks(rank, _tensor_parallel(config, stage, tp_rank), _pipeline(config, stage, tp_rank), _grouped=True)
-    if cuda and config.tp_size > 1 and config.all_reduce != "nccl":
+    tp, pipeline = _tensor_parallel(config, stage, tp_rank), _pipeline(config, stage, tp_rank)
+    ranks = Ranks(rank, meeting.gpu, tp, pipeline, _grouped=True)
+    if cuda and config.tp_size > 1 and config.all_reduce != "nccl" and meeting.tp_on_one_host:
         _use_one_shot(config, ranks)
     return ranks
+
+
+_preferred: dict[str, str] = {}
+
+
+def _prefer(name: str, value: str) -> None:
+    """Set an environment variable that the user has not set; what an earlier worker of this process wanted is past."""
+    if os.environ.get(name) in (None, _preferred.get(name)):
+        os.environ[name] = _preferred[name] = value
+
+
+def _interface_of(address: str) -> str | None:
+    """The network interface that has an IP address; None where none has it, as behind an address translation."""
+    if address.startswith("127."):
+        return "lo"
+    import psutil
+
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(each.address == address for each in addresses):
+            return name
+    log.warning("no network interface has %s, the address of this host: gloo and NCCL choose one", address)
+    return None
 
 
 def _use_one_shot(config: EngineConfig, ranks: Ranks) -> None:

@@ -34,7 +34,7 @@ from radix_backend.worker.interface import NewRequest, StepPlan, StepResult
 from radix_backend.worker.memory import measure_on_device, plan_pages, plan_pages_on_device
 from radix_backend.worker.precision import compute_dtype
 from radix_backend.worker.prompt_scores import score_prompt
-from radix_backend.worker.ranks import NO_OTHERS, Ranks, use_device
+from radix_backend.worker.ranks import NO_OTHERS, Ranks, use_gpu
 from radix_backend.worker.rehearsal import rehearse
 
 log = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ class Runner:
     def _load(self, config: EngineConfig, model_dir: Path, context_len: int) -> None:
         torch.set_num_threads(min(torch.get_num_threads(), max(available_cpus() // config.num_ranks, 1)))
         dtype, device, part = self._dtype, self._device, self._shard.part
-        use_device(config, self._ranks.rank)  # which is each thread's own affair
+        use_gpu(config, self._ranks.gpu)  # which is each thread's own affair
         free = 0 if device == "cpu" else torch.cuda.mem_get_info()[0]
         if device == "cpu":
             self.num_pages = self._ranks.least(plan_pages(config, part, dtype, context_len))

@@ -12,9 +12,10 @@ from radix_backend.config import EngineConfig
 from radix_backend.errors import InvalidArgument, Unavailable
 from radix_backend.loading import check_layout, read_model_config
 from radix_backend.process import Reporter
+from radix_backend.worker.executor import Executor, LocalExecutor
 from radix_backend.worker.interface import Worker
 from radix_backend.worker.kernel_probe import why_no_kernels
-from radix_backend.worker.ranks import NO_OTHERS, Ranks, use_device
+from radix_backend.worker.ranks import NO_OTHERS, Ranks, own_gpu, use_gpu
 from radix_backend.worker.runner import Runner
 
 log = logging.getLogger(__name__)
@@ -42,14 +43,16 @@ def select_worker(config: EngineConfig, model_dir: Path, reporter: Reporter) -> 
             values = ", ".join("nothing" if value is None else value for value in accepted)
             raise InvalidArgument(f"setting {name!r} is {getattr(config, name)!r}; accepted on {device}: {values}")
     check_layout(config, read_model_config(model_dir))
-    if device == "cuda" and (config.num_ranks > 1 or config.device_ids is not None):
+    elsewhere = config.executor == "ray"  # where only the ranks' own processes know what GPUs there are
+    if device == "cuda" and not elsewhere and (config.num_ranks > 1 or config.device_ids is not None):
         _check_gpus(config)
     if config.num_ranks == 1:
-        use_device(config, 0)
-        return make_runner(config, model_dir, reporter)
+        alone = Ranks(gpu=own_gpu(config, 0))
+        use_gpu(config, alone.gpu)
+        return make_runner(config, model_dir, reporter, alone)
     from radix_backend.worker.parallel import ParallelWorker
 
-    return ParallelWorker(config, model_dir, reporter, make_runner)
+    return ParallelWorker(config, model_dir, reporter, make_runner, _executor(config))
 
 
 def make_runner(config: EngineConfig, model_dir: Path, reporter: Reporter, ranks: Ranks = NO_OTHERS) -> Worker:
@@ -69,6 +72,15 @@ def make_runner(config: EngineConfig, model_dir: Path, reporter: Reporter, ranks
         )
     log.warning("no kernels for the GPU: all is computed in plain torch, many times slower. %s", missing)
     return Runner(config, model_dir, reporter, ranks, device="cuda")
+
+
+def _executor(config: EngineConfig) -> Executor:
+    if config.executor == "local":
+        return LocalExecutor()
+    from radix_backend.worker.ray_placement import RayPlacement
+    from radix_backend.worker.remote_executor import RemoteExecutor
+
+    return RemoteExecutor(RayPlacement(config))
 
 
 def _check_gpus(config: EngineConfig) -> None:

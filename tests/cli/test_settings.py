@@ -8,6 +8,7 @@ import pytest
 
 from radix_backend.cli.settings import add_settings, given_settings, spell_settings
 from radix_backend.config import EngineConfig
+from radix_backend.errors import InvalidArgument
 
 VALUES: dict[str, Any] = {
     "model": "some/model",
@@ -27,6 +28,8 @@ VALUES: dict[str, Any] = {
     "max_queue_size": 5,
     "tp_size": 2,
     "pp_size": 1,
+    "executor": "local",
+    "ray_address": "10.0.0.5:6379",
     "device_ids": (3, 1),
     "nccl_port": 29500,
     "all_reduce": "nccl",
@@ -66,6 +69,19 @@ def test_switch_may_stand_alone(argument: str, value: bool) -> None:
 def test_spelled_settings_parse_to_the_same() -> None:
     config = EngineConfig(**VALUES)
     assert EngineConfig.parse(spell_settings(config, list(VALUES))) == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tp_size": 1}, "setting 'executor' is 'ray'; accepted with one rank"),
+        ({"device_ids": "0,1"}, "setting 'device_ids' is '0,1'; accepted with executor 'ray': nothing"),
+        ({"ray_address": "ray://head:10001"}, "setting 'ray_address' is 'ray://head:10001'; accepted: HOST:PORT"),
+    ],
+)
+def test_what_ray_decides_or_cannot_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidArgument, match=message):
+        EngineConfig.parse({"executor": "ray", "tp_size": 2, **settings})
 
 
 def test_defaults_that_are_written_out_make_no_other_engine() -> None:

@@ -13,6 +13,7 @@ import torch
 from tests.cuda import DEVICE, on_gpu  # isort: skip
 from radix_backend.config import EngineConfig
 from radix_backend.process import Reporter
+from radix_backend.worker.executor import LocalExecutor
 from radix_backend.worker.interface import Worker
 from radix_backend.worker.parallel import ParallelWorker
 from tests.engine.sim import SimEngine
@@ -33,7 +34,7 @@ def ranks(directory: Path, tp_size: int, pp_size: int, mode: str, **settings: An
     config = EngineConfig(
         tp_size=tp_size, pp_size=pp_size, enforce_eager=mode == "eager", max_batched_tokens=64, **settings
     ).on_device("cuda")
-    made = ParallelWorker(config, directory, Reporter(), make_runner, ("-m", "tests.worker.cuda_rank"))
+    made = ParallelWorker(config, directory, Reporter(), make_runner, LocalExecutor(("-m", "tests.worker.cuda_rank")))
     try:
         yield made
     finally:
