@@ -191,6 +191,10 @@ class EngineConfig(
                 f"(tp_size {self.tp_size} x pp_size {self.pp_size})"
             )
         if self.executor == "local":
+            if self.ray_address is not None:
+                raise InvalidArgument(
+                    f"setting 'ray_address' is {show(self.ray_address)}; accepted with executor 'ray'"
+                )
             return
         if self.num_ranks == 1:
             raise InvalidArgument("setting 'executor' is 'ray'; accepted with one rank (tp_size x pp_size): 'local'")

@@ -29,7 +29,6 @@ VALUES: dict[str, Any] = {
     "tp_size": 2,
     "pp_size": 1,
     "executor": "local",
-    "ray_address": "10.0.0.5:6379",
     "device_ids": (3, 1),
     "nccl_port": 29500,
     "all_reduce": "nccl",
@@ -42,17 +41,21 @@ VALUES: dict[str, Any] = {
 }
 
 
+ELSEWHERE: dict[str, Any] = {"executor": "ray", "ray_address": "10.0.0.5:6379", "tp_size": 2, "log_level": "debug"}
+
+
 def given(*arguments: str) -> dict[str, str]:
     parser = argparse.ArgumentParser()
     add_settings(parser)
     return given_settings(parser.parse_args(arguments))
 
 
-def test_every_setting_is_a_flag() -> None:
-    assert set(VALUES) == set(EngineConfig.__struct_fields__)
-    spelled = VALUES | {"device_ids": "3,1"}
+@pytest.mark.parametrize("values", [VALUES, ELSEWHERE])
+def test_every_setting_is_a_flag(values: dict[str, Any]) -> None:
+    assert VALUES.keys() | ELSEWHERE.keys() == set(EngineConfig.__struct_fields__)
+    spelled = values | ({"device_ids": "3,1"} if "device_ids" in values else {})
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in spelled.items()]
-    assert EngineConfig.parse(given(*flags)) == EngineConfig(**VALUES)
+    assert EngineConfig.parse(given(*flags)) == EngineConfig(**values)
 
 
 def test_settings_that_are_not_given_are_left_to_the_repository() -> None:
@@ -66,9 +69,10 @@ def test_switch_may_stand_alone(argument: str, value: bool) -> None:
     assert config.disable_async_scheduling is value
 
 
-def test_spelled_settings_parse_to_the_same() -> None:
-    config = EngineConfig(**VALUES)
-    assert EngineConfig.parse(spell_settings(config, list(VALUES))) == config
+@pytest.mark.parametrize("values", [VALUES, ELSEWHERE])
+def test_spelled_settings_parse_to_the_same(values: dict[str, Any]) -> None:
+    config = EngineConfig(**values)
+    assert EngineConfig.parse(spell_settings(config, list(values))) == config
 
 
 @pytest.mark.parametrize(
@@ -76,6 +80,10 @@ def test_spelled_settings_parse_to_the_same() -> None:
     [
         ({"tp_size": 1}, "setting 'executor' is 'ray'; accepted with one rank"),
         ({"device_ids": "0,1"}, "setting 'device_ids' is '0,1'; accepted with executor 'ray': nothing"),
+        (
+            {"executor": "local", "ray_address": "head:6379"},
+            "'ray_address' is 'head:6379'; accepted with executor 'ray'",
+        ),
         ({"ray_address": "ray://head:10001"}, "setting 'ray_address' is 'ray://head:10001'; accepted: HOST:PORT"),
     ],
 )
