@@ -41,11 +41,14 @@ def make_app(routes: Routes) -> FastAPI:
     app.post("/v1/completions")(routes.completions)
     app.post("/tokenize")(routes.tokenize)
     app.post("/detokenize")(routes.detokenize)
-    app.get("/v1/models")(routes.models)
-    app.get("/v1/models/{name:path}")(routes.model)
-    app.get("/health")(routes.health)
-    app.get("/metrics")(routes.metrics)
-    app.get("/openapi.json")(routes.document)
+    for path, handler in (
+        ("/v1/models", routes.models),
+        ("/v1/models/{name:path}", routes.model),
+        ("/health", routes.health),
+        ("/metrics", routes.metrics),
+        ("/openapi.json", routes.document),
+    ):
+        app.api_route(path, methods=["GET", "HEAD"])(handler)  # uvicorn leaves out the body of an answer to HEAD
     app.exception_handler(RadixError)(routes.on_error)
     app.exception_handler(HTTPException)(_on_http_error)
     app.exception_handler(Exception)(_on_failure)
