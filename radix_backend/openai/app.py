@@ -12,9 +12,10 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from radix_backend.client import EngineClient
-from radix_backend.errors import NotFound, RadixError, Unavailable
+from radix_backend.errors import InvalidArgument, NotFound, RadixError, Unavailable
 from radix_backend.openai.answers import Answers, ChatAnswers, CompletionAnswers, Echo, Heading
 from radix_backend.openai.exchange import Exchanges, Question
+from radix_backend.openai.gate import TooLarge
 from radix_backend.openai.metrics import CONTENT_TYPE, Registry
 from radix_backend.openai.openapi import DOCUMENT
 from radix_backend.openai.requests import (
@@ -50,9 +51,14 @@ def make_app(routes: Routes) -> FastAPI:
     ):
         app.api_route(path, methods=["GET", "HEAD"])(handler)  # uvicorn leaves out the body of an answer to HEAD
     app.exception_handler(RadixError)(routes.on_error)
+    app.exception_handler(TooLarge)(_on_too_large)
     app.exception_handler(HTTPException)(_on_http_error)
     app.exception_handler(Exception)(_on_failure)
     return app
+
+
+async def _on_too_large(request: Request, error: TooLarge) -> Response:
+    return error.answer()
 
 
 async def _on_http_error(request: Request, error: HTTPException) -> Response:
@@ -142,7 +148,10 @@ class Routes:
     async def detokenize(self, request: Request) -> Response:
         asked = parse_body(DetokenizeRequest, await request.body())
         self._check_model(asked.model)
-        return json_response(Text(await asyncio.to_thread(self._client.detokenize, asked.tokens)))
+        try:
+            return json_response(Text(await asyncio.to_thread(self._client.detokenize, asked.tokens)))
+        except InvalidArgument as error:
+            raise InvalidArgument(str(error).replace("'ids'", "'tokens'", 1)) from None
 
     async def models(self) -> Response:
         return json_response(Models(data=[self._model(name) for name in self._names]))

@@ -13,7 +13,6 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from radix_backend.errors import InvalidArgument
 from radix_backend.openai.responses import refusal
 from radix_backend.validation import show
 
@@ -24,8 +23,14 @@ _ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
 _log = logging.getLogger(__name__)
 
 
-class TooLarge(InvalidArgument):
-    http_status = 413
+class TooLarge(Exception):
+    """The body is. A body whose size is not told beforehand raises it where it is read; `answer` says so."""
+
+    def __init__(self, max_body: int) -> None:
+        super().__init__(f"the body is larger than this server takes; accepted: at most {max_body} bytes")
+
+    def answer(self) -> Response:
+        return refusal(413, str(self), "body_too_large")
 
 
 class Gate:
@@ -73,7 +78,7 @@ class Gate:
         if length.isdecimal() and int(length) > self._max_body:
             # The connection stays open and uvicorn drops what still comes: clients read an answer only after they have
             # written all, and a closed connection would break their writing first.
-            return refusal(413, self._too_large(), "body_too_large")
+            return TooLarge(self._max_body).answer()
         return None
 
     def _limited(self, receive: Receive) -> Receive:
@@ -84,10 +89,7 @@ class Gate:
             message = await receive()
             size += len(message.get("body", b""))
             if size > self._max_body:
-                raise TooLarge(self._too_large())
+                raise TooLarge(self._max_body)
             return message
 
         return limited
-
-    def _too_large(self) -> str:
-        return f"the body is larger than this server takes; accepted: at most {self._max_body} bytes"

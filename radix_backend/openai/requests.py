@@ -223,6 +223,8 @@ def _fields(body: bytes) -> dict[str, Any]:
     try:
         values = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        if str(error).startswith("Number out of range"):
+            raise InvalidArgument("the body is JSON with a number that is too large; accepted: 64-bit floats") from None
         raise InvalidArgument(f"the body is not JSON: {error}") from None
     if not isinstance(values, dict):
         raise InvalidArgument(f"the body is {show(values)}; accepted: a JSON object")
