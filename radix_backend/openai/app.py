@@ -30,6 +30,7 @@ from radix_backend.openai.requests import (
 )
 from radix_backend.openai.responses import Error, Health, Model, Models, Text, Tokens, json_response, refusal
 from radix_backend.openai.stream import EngineResponse
+from radix_backend.openai.uploads import Uploads
 from radix_backend.sampling_params import SamplingParams
 from radix_backend.validation import show
 from radix_backend.version import __version__
@@ -74,9 +75,12 @@ async def _on_failure(request: Request, error: Exception) -> Response:
 class Routes:
     """The handlers. All waiting is asyncio's: calls that block the client are made on threads."""
 
-    def __init__(self, exchanges: Exchanges, names: Sequence[str], fingerprint: str, registry: Registry) -> None:
+    def __init__(
+        self, exchanges: Exchanges, uploads: Uploads, names: Sequence[str], fingerprint: str, registry: Registry
+    ) -> None:
         """``names`` are the served model's; the first is the one that answers tell."""
         self._exchanges = exchanges
+        self._uploads = uploads
         self._client: EngineClient = exchanges.client
         self._names = names
         self._fingerprint = fingerprint
@@ -84,7 +88,7 @@ class Routes:
         self._created = int(time.time())
 
     async def chat(self, request: Request) -> Response:
-        asked, params = parse_generation(ChatRequest, await request.body())
+        asked, params = parse_generation(ChatRequest, await self._uploads.read(request))
         self._check_model(asked.model)
         messages = [message.for_template() for message in asked.messages]
         question = Question({"messages": messages, "chat_template_kwargs": asked.chat_template_kwargs})
@@ -92,7 +96,7 @@ class Routes:
         return self._ask(request, asked, [question], params, answers)
 
     async def completions(self, request: Request) -> Response:
-        asked, params = parse_generation(CompletionRequest, await request.body())
+        asked, params = parse_generation(CompletionRequest, await self._uploads.read(request))
         self._check_model(asked.model)
         if asked.echo:
             echo = partial(self._echo, asked.add_special_tokens, params.logprobs is not None)
@@ -130,7 +134,7 @@ class Routes:
         return Question({"input_ids": ids}, num_scored=len(ids) - 1), Echo(text, pieces)
 
     async def tokenize(self, request: Request) -> Response:
-        asked = parse_body(TokenizeRequest, await request.body())
+        asked = parse_body(TokenizeRequest, await self._uploads.read(request))
         self._check_model(asked.model)
         tokens = await asyncio.to_thread(self._tokenize, asked)
         return json_response(Tokens(len(tokens), self._client.model.context_len, tokens))
@@ -146,7 +150,7 @@ class Routes:
         return self._client.tokenize(prompt, add_special_tokens=add_special_tokens)
 
     async def detokenize(self, request: Request) -> Response:
-        asked = parse_body(DetokenizeRequest, await request.body())
+        asked = parse_body(DetokenizeRequest, await self._uploads.read(request))
         self._check_model(asked.model)
         try:
             return json_response(Text(await asyncio.to_thread(self._client.detokenize, asked.tokens)))

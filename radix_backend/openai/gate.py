@@ -13,6 +13,7 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from radix_backend.errors import Cancelled
 from radix_backend.openai.responses import refusal
 from radix_backend.validation import show
 
@@ -34,7 +35,8 @@ class TooLarge(Exception):
 
 
 class Gate:
-    """ASGI middleware. ``scope["request_id"]`` is the request's id; handlers put who asks in ``scope["asked_by"]``."""
+    """ASGI middleware. ``scope["request_id"]`` is the request's id; handlers put who asks in ``scope["asked_by"]``, and
+    True in ``scope["client_left"]`` if the client left before its answer was complete."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[str], max_body: int) -> None:
         """Without ``keys`` everybody may pass. ``max_body`` is in bytes."""
@@ -63,6 +65,8 @@ class Gate:
             else:
                 await self._app(scope, self._limited(receive), answer)
         finally:
+            if scope.get("client_left"):  # whatever status a stream began with
+                status = Cancelled.http_status
             who = f", for {show(scope['asked_by'])}" if scope.get("asked_by") else ""
             took = time.monotonic() - started
             level = logging.DEBUG if scope["path"] in OPEN_PATHS else logging.INFO

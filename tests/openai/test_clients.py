@@ -14,20 +14,26 @@ import psutil
 import pytest
 
 from radix_backend.client import EngineClient
-from tests.openai.door import Door, idle, serving
+from tests.openai.door import Door, idle, serving, upload
 from tests.openai.test_completions import PLAIN
 from tests.triton.server import eventually
 
 ENDLESS = {"prompt": "a long story", "temperature": 0, "ignore_eos": True, "max_tokens": 8000}
 
 
-def ask(door: Door, **fields: Any) -> http.client.HTTPConnection:
+def ask(door: Door, id: str = "", **fields: Any) -> http.client.HTTPConnection:
     """A connection on which a completion was asked for; nothing is read."""
     connection = http.client.HTTPConnection("127.0.0.1", door.port, timeout=60)
     connection.connect()
     connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    connection.request("POST", "/v1/completions", json.dumps(ENDLESS | fields), {"content-type": "application/json"})
+    connection.request("POST", "/v1/completions", json.dumps(ENDLESS | fields), {"x-request-id": id})
     return connection
+
+
+def logged(door: Door, id: str) -> str:
+    """The line of the request ``id``, if it has ended."""
+    lines = [line for line in door.log.read_text().splitlines() if f", id {id}" in line]
+    return "".join(lines)
 
 
 def running(engine: EngineClient) -> tuple[float, float]:
@@ -37,10 +43,18 @@ def running(engine: EngineClient) -> tuple[float, float]:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_is_cancelled(door: Door, engine: EngineClient, stream: bool) -> None:
-    connection = ask(door, stream=stream, n=2)
+    connection = ask(door, f"left-{stream}", stream=stream, n=2)
     eventually(lambda: running(engine) == (2, 0))
     connection.close()
     eventually(lambda: idle(engine))
+    eventually(lambda: "POST /v1/completions 499 " in logged(door, f"left-{stream}"))
+
+
+def test_a_client_that_leaves_during_its_upload_is_a_line_in_the_log(door: Door) -> None:
+    connection = upload(door, "half")
+    connection.close()
+    eventually(lambda: "POST /v1/completions 499 " in logged(door, "half"))
+    assert "Traceback" not in door.log.read_text()
 
 
 def test_a_client_that_leaves_is_cancelled_in_the_queue_too(tmp_path: Path, tiny_settings: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ import pytest
 
 from radix_backend.metrics.families import ENGINE, REQUEST
 from radix_backend.sidecar.runtime import RunDir
-from tests.openai.door import Door
+from tests.openai.door import Door, upload
 from tests.openai.test_completions import PLAIN
 from tests.triton.server import eventually, gone
 
@@ -241,6 +241,18 @@ def test_streams_that_would_go_on_end_with_an_error(start: Start) -> None:
     assert door.stop() == 0
     error = json.loads(stream.end().removeprefix(b"data: "))["error"]
     assert (error["message"], error["type"], error["code"]) == ("the server is stopping", "server_error", "unavailable")
+
+
+def test_an_upload_that_would_go_on_ends_with_an_error(start: Start) -> None:
+    door = start("--drain-seconds=0.5")
+    door.wait_serving()
+    connection = upload(door, "slow")
+    door.get("/health")  # by then the server has read what came before
+    assert door.stop() == 0
+    answer = connection.getresponse()
+    assert (answer.status, json.loads(answer.read())["error"]["message"]) == (503, "the server is stopping")
+    assert "POST /v1/completions 503 " in door.log.read_text()
+    assert "Traceback" not in door.log.read_text()
 
 
 def test_a_dead_engine_ends_streams_with_an_error_and_is_followed_to_its_next_life(start: Start) -> None:
