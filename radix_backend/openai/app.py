@@ -76,20 +76,29 @@ class Routes:
     """The handlers. All waiting is asyncio's: calls that block the client are made on threads."""
 
     def __init__(
-        self, exchanges: Exchanges, uploads: Uploads, names: Sequence[str], fingerprint: str, registry: Registry
+        self,
+        exchanges: Exchanges,
+        uploads: Uploads,
+        names: Sequence[str],
+        fingerprint: str,
+        max_completions: int,
+        registry: Registry,
     ) -> None:
-        """``names`` are the served model's; the first is the one that answers tell."""
+        """``names`` are the served model's; the first is the one that answers tell. ``max_completions`` are accepted
+        of one request."""
         self._exchanges = exchanges
         self._uploads = uploads
         self._client: EngineClient = exchanges.client
         self._names = names
         self._fingerprint = fingerprint
+        self._max_completions = max_completions
         self._registry = registry
         self._created = int(time.time())
 
     async def chat(self, request: Request) -> Response:
         asked, params = parse_generation(ChatRequest, await self._uploads.read(request))
         self._check_model(asked.model)
+        self._check_completions(1, params.n)
         messages = [message.for_template() for message in asked.messages]
         question = Question({"messages": messages, "chat_template_kwargs": asked.chat_template_kwargs})
         answers = ChatAnswers(asked, params, self._heading(request))
@@ -98,12 +107,14 @@ class Routes:
     async def completions(self, request: Request) -> Response:
         asked, params = parse_generation(CompletionRequest, await self._uploads.read(request))
         self._check_model(asked.model)
+        prompts = asked.prompts
+        self._check_completions(len(prompts), params.n)
         if asked.echo:
             echo = partial(self._echo, asked.add_special_tokens, params.logprobs is not None)
-            echoed = await asyncio.gather(*(asyncio.to_thread(echo, prompt) for prompt in asked.prompts))
+            echoed = await asyncio.gather(*(asyncio.to_thread(echo, prompt) for prompt in prompts))
             questions, echoes = [question for question, _ in echoed], [echo for _, echo in echoed]
         else:
-            questions, echoes = [Question.of(prompt, asked.add_special_tokens) for prompt in asked.prompts], []
+            questions, echoes = [Question.of(prompt, asked.add_special_tokens) for prompt in prompts], []
         answers = CompletionAnswers(asked, params, self._heading(request), echoes)
         return self._ask(request, asked, questions, params, answers)
 
@@ -186,6 +197,14 @@ class Routes:
     def _check_model(self, name: str | None) -> None:
         if name is not None and name not in self._names:
             raise NotFound(f"'model' is {show(name)}, which is not served here; accepted: {', '.join(self._names)}")
+
+    def _check_completions(self, num_prompts: int, n: int) -> None:
+        if num_prompts * n <= self._max_completions:
+            return
+        given = f"field 'n' is {n}"
+        if num_prompts > 1:
+            given = f"field 'prompt' holds {num_prompts} prompts and 'n' is {n}, which is {num_prompts * n} completions"
+        raise InvalidArgument(f"{given}; accepted: at most {self._max_completions} completions in a request")
 
     def _heading(self, request: Request) -> Heading:
         return Heading(request.scope["request_id"], self._names[0], self._fingerprint)

@@ -25,6 +25,7 @@ from radix_backend.openai.app import Routes, make_app
 from radix_backend.openai.exchange import Exchanges
 from radix_backend.openai.gate import Gate
 from radix_backend.openai.metrics import Registry
+from radix_backend.openai.requests import MAX_COMPLETIONS
 from radix_backend.openai.uploads import Uploads
 
 _LAST_WORDS_SECONDS = 2  # for ended streams to reach their clients
@@ -49,7 +50,9 @@ def serve(client: EngineClient, config: EngineConfig, options: Options, on_start
     recorder, registry = Recorder(), Registry()
     exchanges, uploads = Exchanges(client, recorder), Uploads()
     publisher = Publisher(client, recorder, Identity({"model": options.names[0], "version": "1"}), registry)
-    app: ASGIApp = make_app(Routes(exchanges, uploads, options.names, f"fp_{config.identity()}", registry))
+    max_completions = min(MAX_COMPLETIONS, config.max_queue_size)
+    fingerprint = f"fp_{config.identity()}"
+    app: ASGIApp = make_app(Routes(exchanges, uploads, options.names, fingerprint, max_completions, registry))
     app = Gate(app, options.api_keys, options.max_body)
     if options.origins:
         app = CORSMiddleware(

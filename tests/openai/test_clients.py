@@ -6,6 +6,7 @@ import asyncio
 import http.client
 import json
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 
 from radix_backend.client import EngineClient
 from tests.openai.door import Door, idle, serving, upload
+from tests.openai.test_chat import MESSAGES
 from tests.openai.test_completions import PLAIN
 from tests.triton.server import eventually
 
@@ -67,11 +69,40 @@ def test_a_client_that_leaves_is_cancelled_in_the_queue_too(tmp_path: Path, tiny
             refused = door.post("/v1/completions", ENDLESS | {"stream": stream})
             assert (refused.status, refused.error["code"]) == (503, "unavailable")
             assert "2 requests wait (max_queue_size)" in refused.error["message"]
+        for path, prompt in (("completions", {"prompt": "a"}), ("chat/completions", {"messages": MESSAGES})):
+            refused = door.post(f"/v1/{path}", n=3, **prompt)  # more than could ever wait
+            assert (refused.status, refused.error["param"]) == (400, "n")
+            assert "'n' is 3; accepted: at most 2 completions in a request" in refused.error["message"]
         clients[1].close()
         eventually(lambda: running(engine) == (1, 1))
         clients[0].close()
         clients[2].close()
         eventually(lambda: idle(engine))
+
+
+def test_the_largest_request_leaves_at_once_with_its_client(door: Door, engine: EngineClient) -> None:
+    """Others are served soon, whether it is small and many or asks for much."""
+    for prompts, n in ((["ab"] * 1024, 1), (["ab"] * 16, 64)):
+        connection = ask(door, prompt=prompts, n=n)
+        eventually(lambda: sum(running(engine)) > 0)
+        connection.close()
+        started = time.monotonic()
+        assert door.post("/v1/completions", prompt="another", **PLAIN).status == 200
+        assert time.monotonic() - started < 15
+        eventually(lambda: idle(engine))
+
+
+def test_the_queue_is_served_by_priority(tmp_path: Path, tiny_settings: dict[str, Any]) -> None:
+    with serving(tmp_path, tiny_settings | {"max_bs": 1}) as door, door.engine() as engine:
+        clients = []
+        for number, (id, priority) in enumerate((("first", 0), ("late", 20), ("early", -20))):
+            limit = 100 if number else 8000
+            clients.append(ask(door, id, prompt=f"{number}", max_tokens=limit, priority=priority))
+            eventually(lambda number=number: running(engine) == (1, number))
+        clients[0].close()
+        eventually(lambda: logged(door, "late"))
+    ended = [id for line in door.log.read_text().splitlines() for id in ("late", "early") if f", id {id}" in line]
+    assert ended == ["early", "late"]
 
 
 def test_a_client_that_does_not_read_holds_up_nobody_and_loses_nothing(
