@@ -200,7 +200,7 @@ def completion_logprobs(tokens: list[list[Logprob]], offset: int) -> CompletionL
 
 
 def _bytes(token: Logprob) -> list[int]:
-    return list(token.decoded_token.encode())
+    return list(token.decoded_token.encode() if token.raw is None else token.raw)
 
 
 def _finite(logprob: float) -> float:
