@@ -51,6 +51,7 @@ WRONG: list[tuple[str, dict[str, Any], int, str, str]] = [
         "guided_json",
         "unknown field 'guided_json'; accepted: add_special",
     ),
+    ("completions", TEXT | {"text_input": "a"}, 400, "text_input", "unknown field 'text_input'; accepted: add_special"),
     ("completions", TEXT | {"best_of": 2}, 400, "best_of", "not supported; accepted: 1"),
     (
         "completions",
