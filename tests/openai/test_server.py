@@ -39,6 +39,7 @@ def start(tmp_path: Path, tiny_settings: dict[str, Any]) -> Iterator[Start]:
     yield start
     for door in started:
         door.stop()
+        eventually(lambda door=door: not sidecar(door))  # or the next test's door meets it
 
 
 def sidecar(door: Door) -> list[psutil.Process]:
