@@ -142,6 +142,7 @@ class Logprob(msgspec.Struct, array_like=True, frozen=True):
     logprob: float  # natural logarithm
     rank: int  # 1 + how many tokens were more likely
     decoded_token: str  # of a generated token: the text that it released; of any other: its own text
+    raw: bytes | None = None  # what it is of the text's UTF-8, if not `decoded_token`: a character may take several
 
 
 class Receipt(msgspec.Struct, array_like=True, frozen=True):

@@ -14,7 +14,7 @@ from radix_backend.errors import InvalidArgument
 T = TypeVar("T", bound=msgspec.Struct)
 
 _AT = re.compile(r" - at (?:`key` in )?`\$\.?(([^`.\[]*)[^`]*)`$")
-_MISSING = re.compile(r"Object missing required field `(.*)`")
+_MISSING = re.compile(r"Object missing required field `([^`]*)`")
 _SHOWN = 80  # characters of a wrong value that an error repeats
 
 
@@ -54,15 +54,15 @@ def convert(cls: type[T], values: Mapping[str, Any], what: str, strict: bool = F
         return msgspec.convert(dict(values), cls, strict=strict, str_keys=True)
     except msgspec.ValidationError as error:
         message = str(error)
-        if missing := _MISSING.fullmatch(message):
-            raise InvalidArgument(f"{what} {missing[1]!r} is missing") from None
-        match = _AT.search(message)
+        missing, match = _MISSING.match(message), _AT.search(message)
         if match is None:
-            raise InvalidArgument(message) from None
+            raise InvalidArgument(f"{what} {missing[1]!r} is missing" if missing else message) from None
         place, name = match.groups()
         complaint = message[: match.start()].replace("`", "")
         given = f"{what} {name!r} is {show(values.get(name))}"
         where = f" (at {place})" if place != name else ""
+        if missing:
+            raise InvalidArgument(f"{what} {name!r} lacks {missing[1]!r}{where}") from None
         choices = literal_choices(cls, name)
         if not choices and not complaint.startswith("Expected "):
             raise InvalidArgument(f"{given}: {complaint[0].lower()}{complaint[1:]}{where}") from None

@@ -11,6 +11,7 @@ import pytest
 
 from radix_backend import EngineConfig, SamplingParams
 from radix_backend.errors import InvalidArgument
+from radix_backend.validation import convert
 
 
 @pytest.mark.parametrize(
@@ -27,6 +28,30 @@ from radix_backend.errors import InvalidArgument
 def test_the_constructor_names_what_is_wrong(build: Callable[[], object], message: str) -> None:
     with pytest.raises(InvalidArgument, match=re.escape(message)):
         build()
+
+
+class Point(msgspec.Struct):
+    x: int
+
+
+class Route(msgspec.Struct):
+    points: list[Point]
+    start: Point | None = None
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "field 'points' is missing"),
+        ({"points": [{"x": 1}, {}]}, "field 'points' lacks 'x' (at points[1])"),
+        ({"points": [], "start": {}}, "field 'start' lacks 'x'"),
+        ({"points": [{"x": "`x` - at `$.y`"}]}, "accepted: int (at points[0].x)"),
+    ],
+)
+def test_a_missing_field_is_named_with_the_one_that_lacks_it(values: dict[str, object], message: str) -> None:
+    with pytest.raises(InvalidArgument) as raised:
+        convert(Route, values, "field", strict=True)
+    assert str(raised.value).endswith(message)
 
 
 def test_the_constructor_gives_what_parse_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import ssl
 import subprocess
 import sys
 import time
@@ -191,10 +192,21 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check_tls(cert: Path | None, key: Path | None) -> None:
-    files = {"--tls-cert": cert, "--tls-key": key}
-    for flag, path in files.items():
-        if path is None and any(files.values()):
-            raise InvalidArgument(f"{flag} is missing; accepted: both --tls-cert and --tls-key, or neither")
-    for flag, path in files.items():
-        if path is not None and not path.is_file():
+    """Before the engine is started: uvicorn would find out after."""
+    if cert is None and key is None:
+        return
+    if cert is None or key is None:
+        missing = "--tls-cert" if cert is None else "--tls-key"
+        raise InvalidArgument(f"{missing} is missing; accepted: both --tls-cert and --tls-key, or neither")
+    for flag, path in (("--tls-cert", cert), ("--tls-key", key)):
+        if not path.is_file():
             raise NotFound(f"{flag} is {str(path)!r}, which is no file")
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(cert)
+    except OSError as error:
+        raise InvalidArgument(f"--tls-cert is {str(cert)!r}: {error}; accepted: a certificate chain (PEM)") from None
+    try:  # with a password, lest one is asked for here
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password="none")
+    except OSError as error:
+        accepted = "the private key of the certificate (PEM), not encrypted"
+        raise InvalidArgument(f"--tls-key is {str(key)!r}: {error}; accepted: {accepted}") from None

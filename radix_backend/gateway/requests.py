@@ -12,7 +12,7 @@ import numpy.typing as npt
 from radix_backend.errors import InvalidArgument
 from radix_backend.gateway.doors import Door
 from radix_backend.gateway.stop import StopMatcher
-from radix_backend.gateway.text import Detokenizer, TextCodec
+from radix_backend.gateway.text import Detokenizer, TextCodec, unless_utf8
 from radix_backend.protocol import (
     LENGTH,
     RUNNING,
@@ -103,6 +103,19 @@ class Request:
             texts[-1] += rest
             rest = ""
         return Row(texts, rest, finish)
+
+    def own_bytes(self, tokens: Sequence[int], row: Row) -> list[bytes]:
+        """Of the ``tokens`` that are kept in ``row``: they join to the text's UTF-8.
+
+        With stop strings they are those of what each released: of a character whose beginning is told already, the end
+        may be cut.
+        """
+        if self._matcher is not None:
+            return [text.encode() for text in row.texts]
+        kept = list(zip(tokens, row.texts, strict=False))
+        if row.finish == STOP and not self._include_stop:
+            return [*(self._detokenizer.own_bytes(*each) for each in kept[:-1]), b""]
+        return [self._detokenizer.own_bytes(*each) for each in kept]
 
     def replay(self, admit: Admit) -> Row:
         """Take the outputs of a request that goes on. Its row has text only where the door has not had it all yet.
@@ -200,17 +213,21 @@ def _truncate(prompt: Ids, params: SamplingParams, model: ModelInfo) -> Ids:
     return prompt[-count:]
 
 
-def logprob_rows(scores: Sequence[TokenLogprobs], codec: TextCodec, texts: Sequence[str] = ()) -> list[list[Logprob]]:
-    """For each token itself, then the likeliest. ``texts`` are what the tokens released, if they were generated."""
+def logprob_rows(
+    scores: Sequence[TokenLogprobs], codec: TextCodec, texts: Sequence[str] = (), data: Sequence[bytes] = ()
+) -> list[list[Logprob]]:
+    """For each token itself, then the likeliest. If they were generated: ``texts`` are what the tokens released,
+    ``data`` their `Request.own_bytes`."""
     rows = []
     for n, token in enumerate(scores):
         ids, values = array(token.token_ids, "<i4").tolist(), array(token.logprobs, "<f4").tolist()
-        row = [Logprob(ids[0], values[0], token.rank, texts[n] if texts else codec.token_text(ids[0]))]
+        shown = (texts[n], unless_utf8(data[n], texts[n])) if texts else codec.token(ids[0])
+        row = [Logprob(ids[0], values[0], token.rank, *shown)]
         rank = 1
         for i in range(1, len(ids)):
             if values[i] < values[i - 1] or i == 1:
                 rank = i
-            row.append(Logprob(ids[i], values[i], rank, codec.token_text(ids[i])))
+            row.append(Logprob(ids[i], values[i], rank, *codec.token(ids[i])))
         rows.append(row)
     return rows
 

@@ -270,7 +270,9 @@ class Gateway:
                 rows = updates[request.door] = Rows()
             kept = start + len(row.texts)
             scores = [score for score in logprobs[start:kept] if score is not None]
-            theirs = logprob_rows(scores, self._codec, row.texts) if scores else None
+            theirs = None
+            if scores:
+                theirs = logprob_rows(scores, self._codec, row.texts, request.own_bytes(tokens[start:kept], row))
             rows.add(request.client_id, tokens[start:kept], row.text, row.finish, receipt, theirs)
         if stopped:
             self._to_engine(Finish(stopped, STOP))

@@ -30,6 +30,9 @@ class Detokenizer(Protocol):
     def flush(self) -> str:
         """What was open at the end of the stream: an incomplete character comes out as U+FFFD."""
 
+    def own_bytes(self, token: int, text: str) -> bytes:
+        """Of ``token``, which released ``text``: its share of the text's UTF-8, be it part of a character."""
+
 
 class TextCodec:
     """The tokenizer of a model directory. Safe to use from several threads."""
@@ -50,7 +53,8 @@ class TextCodec:
         self._anchor = self._find_anchor()
         decoders = _decoder_types(json.loads(source).get("decoder"))
         self._detokenizers = {skip: self._choose_detokenizer(decoders, path, skip) for skip in (True, False)}
-        self._token_texts: dict[int, str] = {}
+        self._shown = self.detokenizer(skip_special_tokens=False)
+        self._tokens: dict[int, tuple[str, bytes | None]] = {}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> npt.NDArray[np.int32]:
         """Token ids, "<i4". Special tokens written out in ``text`` become their ids, as in transformers.
@@ -84,14 +88,15 @@ class TextCodec:
         """A decoder for one new stream."""
         return self._detokenizers[skip_special_tokens]()
 
-    def token_text(self, token: int) -> str:
-        """The text of a token, special or not, in the middle of others; of part of a character U+FFFD."""
-        text = self._token_texts.get(token)
-        if text is None:
+    def token(self, token: int) -> tuple[str, bytes | None]:
+        """The text of a token, special or not, in the middle of others; of part of a character U+FFFD. And its bytes,
+        where they are not that text's UTF-8."""
+        shown = self._tokens.get(token)
+        if shown is None:
             anchor, anchor_text = self._anchor
             text = self.decode([anchor, token], skip_special_tokens=False)[len(anchor_text) :]
-            self._token_texts[token] = text
-        return text
+            shown = self._tokens[token] = text, unless_utf8(self._shown.own_bytes(token, text), text)
+        return shown
 
     def spellings(self, word: str) -> list[list[int]]:
         """The ways to write ``word`` in tokens: at the start of a text and after a space."""
@@ -151,6 +156,9 @@ class _ByteDetokenizer:
     def flush(self) -> str:
         return self._decode(b"", True)
 
+    def own_bytes(self, token: int, text: str) -> bytes:
+        return self._bytes[token] if token < len(self._bytes) else b""
+
 
 class _PieceDetokenizer:
     """For vocabularies of text pieces (SentencePiece), where only the first token of a text is decoded specially.
@@ -202,6 +210,18 @@ class _PieceDetokenizer:
         self._open.clear()
         self._open_bytes.clear()
         return text
+
+    def own_bytes(self, token: int, text: str) -> bytes:
+        if token in self._byte_values:
+            return bytes([self._byte_values[token]])
+        if text.startswith("\ufffd"):  # it may have released bytes before it that are no character
+            text = self._decode([self._anchor, token])[self._anchor_chars :]
+        return text.encode()
+
+
+def unless_utf8(data: bytes, text: str) -> bytes | None:
+    """``data`` if it is not ``text`` in UTF-8."""
+    return None if data == text.encode() else data
 
 
 def _pieces(tokenizer: Tokenizer, skip_special_tokens: bool) -> list[str | None]:

@@ -12,9 +12,10 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from radix_backend.client import EngineClient
-from radix_backend.errors import NotFound, RadixError, Unavailable
+from radix_backend.errors import InvalidArgument, NotFound, RadixError, Unavailable
 from radix_backend.openai.answers import Answers, ChatAnswers, CompletionAnswers, Echo, Heading
 from radix_backend.openai.exchange import Exchanges, Question
+from radix_backend.openai.gate import TooLarge
 from radix_backend.openai.metrics import CONTENT_TYPE, Registry
 from radix_backend.openai.openapi import DOCUMENT
 from radix_backend.openai.requests import (
@@ -29,6 +30,7 @@ from radix_backend.openai.requests import (
 )
 from radix_backend.openai.responses import Error, Health, Model, Models, Text, Tokens, json_response, refusal
 from radix_backend.openai.stream import EngineResponse
+from radix_backend.openai.uploads import Uploads
 from radix_backend.sampling_params import SamplingParams
 from radix_backend.validation import show
 from radix_backend.version import __version__
@@ -41,15 +43,23 @@ def make_app(routes: Routes) -> FastAPI:
     app.post("/v1/completions")(routes.completions)
     app.post("/tokenize")(routes.tokenize)
     app.post("/detokenize")(routes.detokenize)
-    app.get("/v1/models")(routes.models)
-    app.get("/v1/models/{name:path}")(routes.model)
-    app.get("/health")(routes.health)
-    app.get("/metrics")(routes.metrics)
-    app.get("/openapi.json")(routes.document)
+    for path, handler in (
+        ("/v1/models", routes.models),
+        ("/v1/models/{name:path}", routes.model),
+        ("/health", routes.health),
+        ("/metrics", routes.metrics),
+        ("/openapi.json", routes.document),
+    ):
+        app.api_route(path, methods=["GET", "HEAD"])(handler)  # uvicorn leaves out the body of an answer to HEAD
     app.exception_handler(RadixError)(routes.on_error)
+    app.exception_handler(TooLarge)(_on_too_large)
     app.exception_handler(HTTPException)(_on_http_error)
     app.exception_handler(Exception)(_on_failure)
     return app
+
+
+async def _on_too_large(request: Request, error: TooLarge) -> Response:
+    return error.answer()
 
 
 async def _on_http_error(request: Request, error: HTTPException) -> Response:
@@ -65,32 +75,46 @@ async def _on_failure(request: Request, error: Exception) -> Response:
 class Routes:
     """The handlers. All waiting is asyncio's: calls that block the client are made on threads."""
 
-    def __init__(self, exchanges: Exchanges, names: Sequence[str], fingerprint: str, registry: Registry) -> None:
-        """``names`` are the served model's; the first is the one that answers tell."""
+    def __init__(
+        self,
+        exchanges: Exchanges,
+        uploads: Uploads,
+        names: Sequence[str],
+        fingerprint: str,
+        max_completions: int,
+        registry: Registry,
+    ) -> None:
+        """``names`` are the served model's; the first is the one that answers tell. ``max_completions`` are accepted
+        of one request."""
         self._exchanges = exchanges
+        self._uploads = uploads
         self._client: EngineClient = exchanges.client
         self._names = names
         self._fingerprint = fingerprint
+        self._max_completions = max_completions
         self._registry = registry
         self._created = int(time.time())
 
     async def chat(self, request: Request) -> Response:
-        asked, params = parse_generation(ChatRequest, await request.body())
+        asked, params = parse_generation(ChatRequest, await self._uploads.read(request))
         self._check_model(asked.model)
+        self._check_completions(1, params.n)
         messages = [message.for_template() for message in asked.messages]
         question = Question({"messages": messages, "chat_template_kwargs": asked.chat_template_kwargs})
         answers = ChatAnswers(asked, params, self._heading(request))
         return self._ask(request, asked, [question], params, answers)
 
     async def completions(self, request: Request) -> Response:
-        asked, params = parse_generation(CompletionRequest, await request.body())
+        asked, params = parse_generation(CompletionRequest, await self._uploads.read(request))
         self._check_model(asked.model)
+        prompts = asked.prompts
+        self._check_completions(len(prompts), params.n)
         if asked.echo:
             echo = partial(self._echo, asked.add_special_tokens, params.logprobs is not None)
-            echoed = await asyncio.gather(*(asyncio.to_thread(echo, prompt) for prompt in asked.prompts))
+            echoed = await asyncio.gather(*(asyncio.to_thread(echo, prompt) for prompt in prompts))
             questions, echoes = [question for question, _ in echoed], [echo for _, echo in echoed]
         else:
-            questions, echoes = [Question.of(prompt, asked.add_special_tokens) for prompt in asked.prompts], []
+            questions, echoes = [Question.of(prompt, asked.add_special_tokens) for prompt in prompts], []
         answers = CompletionAnswers(asked, params, self._heading(request), echoes)
         return self._ask(request, asked, questions, params, answers)
 
@@ -121,7 +145,7 @@ class Routes:
         return Question({"input_ids": ids}, num_scored=len(ids) - 1), Echo(text, pieces)
 
     async def tokenize(self, request: Request) -> Response:
-        asked = parse_body(TokenizeRequest, await request.body())
+        asked = parse_body(TokenizeRequest, await self._uploads.read(request))
         self._check_model(asked.model)
         tokens = await asyncio.to_thread(self._tokenize, asked)
         return json_response(Tokens(len(tokens), self._client.model.context_len, tokens))
@@ -137,9 +161,12 @@ class Routes:
         return self._client.tokenize(prompt, add_special_tokens=add_special_tokens)
 
     async def detokenize(self, request: Request) -> Response:
-        asked = parse_body(DetokenizeRequest, await request.body())
+        asked = parse_body(DetokenizeRequest, await self._uploads.read(request))
         self._check_model(asked.model)
-        return json_response(Text(await asyncio.to_thread(self._client.detokenize, asked.tokens)))
+        try:
+            return json_response(Text(await asyncio.to_thread(self._client.detokenize, asked.tokens)))
+        except InvalidArgument as error:
+            raise InvalidArgument(str(error).replace("'ids'", "'tokens'", 1)) from None
 
     async def models(self) -> Response:
         return json_response(Models(data=[self._model(name) for name in self._names]))
@@ -170,6 +197,14 @@ class Routes:
     def _check_model(self, name: str | None) -> None:
         if name is not None and name not in self._names:
             raise NotFound(f"'model' is {show(name)}, which is not served here; accepted: {', '.join(self._names)}")
+
+    def _check_completions(self, num_prompts: int, n: int) -> None:
+        if num_prompts * n <= self._max_completions:
+            return
+        given = f"field 'n' is {n}"
+        if num_prompts > 1:
+            given = f"field 'prompt' holds {num_prompts} prompts and 'n' is {n}, which is {num_prompts * n} completions"
+        raise InvalidArgument(f"{given}; accepted: at most {self._max_completions} completions in a request")
 
     def _heading(self, request: Request) -> Heading:
         return Heading(request.scope["request_id"], self._names[0], self._fingerprint)

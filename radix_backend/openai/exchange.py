@@ -52,9 +52,13 @@ class Exchanges:
         self._live: set[Exchange] = set()
         self._rung: deque[Exchange] = deque()
         self._ringing = False
+        self._end: RadixError | None = None
 
     def open(self, questions: Sequence[Question], params: SamplingParams, priority: int, stream: bool) -> Exchange:
-        """Ask the engine. On the loop. Close the exchange. Raises what `EngineClient.submit` does."""
+        """Ask the engine. On the loop. Close the exchange. Raises what `EngineClient.submit` does, and what `end_all`
+        was given."""
+        if self._end is not None:
+            raise self._end
         exchange = Exchange(self, questions, params.n, stream)
         self._live.add(exchange)
         try:
@@ -67,7 +71,8 @@ class Exchanges:
         return exchange
 
     def end_all(self, error: RadixError) -> None:
-        """On the loop."""
+        """On the loop. Those to come too."""
+        self._end = error
         for exchange in list(self._live):
             exchange.fail(error)
 

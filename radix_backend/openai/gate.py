@@ -13,7 +13,7 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from radix_backend.errors import InvalidArgument
+from radix_backend.errors import Cancelled
 from radix_backend.openai.responses import refusal
 from radix_backend.validation import show
 
@@ -24,12 +24,19 @@ _ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
 _log = logging.getLogger(__name__)
 
 
-class TooLarge(InvalidArgument):
-    http_status = 413
+class TooLarge(Exception):
+    """The body is. A body whose size is not told beforehand raises it where it is read; `answer` says so."""
+
+    def __init__(self, max_body: int) -> None:
+        super().__init__(f"the body is larger than this server takes; accepted: at most {max_body} bytes")
+
+    def answer(self) -> Response:
+        return refusal(413, str(self), "body_too_large")
 
 
 class Gate:
-    """ASGI middleware. ``scope["request_id"]`` is the request's id; handlers put who asks in ``scope["asked_by"]``."""
+    """ASGI middleware. ``scope["request_id"]`` is the request's id; handlers put who asks in ``scope["asked_by"]``, and
+    True in ``scope["client_left"]`` if the client left before its answer was complete."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[str], max_body: int) -> None:
         """Without ``keys`` everybody may pass. ``max_body`` is in bytes."""
@@ -58,6 +65,8 @@ class Gate:
             else:
                 await self._app(scope, self._limited(receive), answer)
         finally:
+            if scope.get("client_left"):  # whatever status a stream began with
+                status = Cancelled.http_status
             who = f", for {show(scope['asked_by'])}" if scope.get("asked_by") else ""
             took = time.monotonic() - started
             level = logging.DEBUG if scope["path"] in OPEN_PATHS else logging.INFO
@@ -73,7 +82,7 @@ class Gate:
         if length.isdecimal() and int(length) > self._max_body:
             # The connection stays open and uvicorn drops what still comes: clients read an answer only after they have
             # written all, and a closed connection would break their writing first.
-            return refusal(413, self._too_large(), "body_too_large")
+            return TooLarge(self._max_body).answer()
         return None
 
     def _limited(self, receive: Receive) -> Receive:
@@ -84,10 +93,7 @@ class Gate:
             message = await receive()
             size += len(message.get("body", b""))
             if size > self._max_body:
-                raise TooLarge(self._too_large())
+                raise TooLarge(self._max_body)
             return message
 
         return limited
-
-    def _too_large(self) -> str:
-        return f"the body is larger than this server takes; accepted: at most {self._max_body} bytes"

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from radix_backend.openai import requests, responses
-from radix_backend.openai.requests import MAX_PROMPTS
+from radix_backend.openai.requests import MAX_COMPLETIONS
 from radix_backend.sampling_params import SamplingParams
 from radix_backend.version import __version__
 
@@ -30,7 +30,7 @@ _RESPONSES = (
     responses.Error,
 )
 _TOKENS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}, "minItems": 1}
-_PROMPTS = {"minItems": 1, "maxItems": MAX_PROMPTS}
+_PROMPTS = {"minItems": 1, "maxItems": MAX_COMPLETIONS}
 
 
 def _schemas() -> dict[str, Any]:

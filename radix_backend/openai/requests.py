@@ -16,7 +16,7 @@ from radix_backend.errors import InvalidArgument, Unsupported
 from radix_backend.sampling_params import MAX_LOGPROBS, PARAMETER_NAMES, SamplingParams
 from radix_backend.validation import convert, show
 
-MAX_PROMPTS = 1024
+MAX_COMPLETIONS = 1024  # of one request: each costs the engine, the gateway and this server work of its own
 _TO_THE_END = 2**31  # more tokens than any context holds: the answer ends where the context does
 
 Prompt = str | list[int]
@@ -159,8 +159,8 @@ class CompletionRequest(Generation, frozen=True, kw_only=True, forbid_unknown_fi
             return [prompt]
         if prompt and all(isinstance(token, int) for token in prompt):
             return [prompt]  # type: ignore[list-item] # mypy does not follow `all`
-        if not 0 < len(prompt) <= MAX_PROMPTS or len({type(each) for each in prompt}) > 1:
-            accepted = f"a text, token ids, or a list of 1 to {MAX_PROMPTS} of either"
+        if not 0 < len(prompt) <= MAX_COMPLETIONS or len({type(each) for each in prompt}) > 1:
+            accepted = f"a text, token ids, or a list of 1 to {MAX_COMPLETIONS} of either"
             raise InvalidArgument(f"field 'prompt' is {show(prompt)}; accepted: {accepted}")
         return prompt  # type: ignore[return-value]
 
@@ -223,6 +223,8 @@ def _fields(body: bytes) -> dict[str, Any]:
     try:
         values = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        if str(error).startswith("Number out of range"):
+            raise InvalidArgument("the body is JSON with a number that is too large; accepted: 64-bit floats") from None
         raise InvalidArgument(f"the body is not JSON: {error}") from None
     if not isinstance(values, dict):
         raise InvalidArgument(f"the body is {show(values)}; accepted: a JSON object")

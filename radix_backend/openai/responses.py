@@ -162,8 +162,10 @@ class Error(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, error: RadixError) -> Error:
-        # The gateway calls a prompt by Triton's names; here both are one field.
-        message = str(error).replace("'text_input'", "'prompt'").replace("'input_ids'", "'prompt'")
+        message = str(error)
+        if not message.startswith("unknown field"):  # which may be one of these
+            # The gateway calls a prompt by Triton's names; here both are one field.
+            message = message.replace("'text_input'", "'prompt'").replace("'input_ids'", "'prompt'")
         if not isinstance(error, InvalidArgument | NotFound | Unsupported):
             return cls(ErrorDetails(message, "server_error", None, error.code.lower()))
         quoted = message.split("'", 2)  # our messages name the field first
@@ -200,7 +202,7 @@ def completion_logprobs(tokens: list[list[Logprob]], offset: int) -> CompletionL
 
 
 def _bytes(token: Logprob) -> list[int]:
-    return list(token.decoded_token.encode())
+    return list(token.decoded_token.encode() if token.raw is None else token.raw)
 
 
 def _finite(logprob: float) -> float:

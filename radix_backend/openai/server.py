@@ -25,6 +25,8 @@ from radix_backend.openai.app import Routes, make_app
 from radix_backend.openai.exchange import Exchanges
 from radix_backend.openai.gate import Gate
 from radix_backend.openai.metrics import Registry
+from radix_backend.openai.requests import MAX_COMPLETIONS
+from radix_backend.openai.uploads import Uploads
 
 _LAST_WORDS_SECONDS = 2  # for ended streams to reach their clients
 _KEEP_ALIVE_SECONDS = 75  # longer than proxies keep a connection: it must be they who close it
@@ -46,9 +48,11 @@ class Options:
 def serve(client: EngineClient, config: EngineConfig, options: Options, on_start: Callable[[], None]) -> None:
     """Until SIGTERM or Ctrl-C, or until the engine fails for good. ``on_start`` is called once it listens."""
     recorder, registry = Recorder(), Registry()
-    exchanges = Exchanges(client, recorder)
+    exchanges, uploads = Exchanges(client, recorder), Uploads()
     publisher = Publisher(client, recorder, Identity({"model": options.names[0], "version": "1"}), registry)
-    app: ASGIApp = make_app(Routes(exchanges, options.names, f"fp_{config.identity()}", registry))
+    max_completions = min(MAX_COMPLETIONS, config.max_queue_size)
+    fingerprint = f"fp_{config.identity()}"
+    app: ASGIApp = make_app(Routes(exchanges, uploads, options.names, fingerprint, max_completions, registry))
     app = Gate(app, options.api_keys, options.max_body)
     if options.origins:
         app = CORSMiddleware(
@@ -73,17 +77,23 @@ def serve(client: EngineClient, config: EngineConfig, options: Options, on_start
         timeout_graceful_shutdown=round(options.drain_seconds) + _LAST_WORDS_SECONDS,
     )
     try:
-        _Server(settings, exchanges, options.drain_seconds, on_start).run()
+        _Server(settings, exchanges, uploads, options.drain_seconds, on_start).run()
     finally:
         publisher.close()
 
 
 class _Server(uvicorn.Server):
     def __init__(
-        self, settings: uvicorn.Config, exchanges: Exchanges, drain_seconds: float, on_start: Callable[[], None]
+        self,
+        settings: uvicorn.Config,
+        exchanges: Exchanges,
+        uploads: Uploads,
+        drain_seconds: float,
+        on_start: Callable[[], None],
     ) -> None:
         super().__init__(settings)
         self._exchanges = exchanges
+        self._uploads = uploads
         self._drain_seconds = drain_seconds
         self._on_start = on_start
 
@@ -96,10 +106,14 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Nothing new is accepted from here on; what runs has its time, and a typed error after that."""
-        end = Unavailable("the server is stopping")
-        timer = asyncio.get_running_loop().call_later(self._drain_seconds, self._exchanges.end_all, end)
+        timer = asyncio.get_running_loop().call_later(self._drain_seconds, self._end_all)
         await super().shutdown(sockets)
         timer.cancel()
+
+    def _end_all(self) -> None:
+        end = Unavailable("the server is stopping")
+        self._uploads.end_all(end)
+        self._exchanges.end_all(end)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -33,7 +33,7 @@ class EngineResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises the engine's error if nothing was sent yet, so that it gets its status."""
-        watch = asyncio.create_task(self._watch(receive))
+        watch = asyncio.create_task(self._watch(scope, receive))
         try:
             parts = await self._exchange.take()
             if self._asked.stream:
@@ -45,9 +45,10 @@ class EngineResponse(Response):
             watch.cancel()
             self._exchange.close()
 
-    async def _watch(self, receive: Receive) -> None:
+    async def _watch(self, scope: Scope, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
+        scope["client_left"] = True
         self._exchange.fail(Cancelled("the client went away"))
 
     async def _send_events(self, parts: list[Part], send: Send) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable
 from typing import Any
@@ -12,17 +13,24 @@ from typing import Any
 import psutil
 import pytest
 
-from radix_backend.cli.openai import STEADY_SECONDS
+from radix_backend.cli.openai import KEY_VARIABLE, STEADY_SECONDS
 from tests.cli.test_serve import Command, serve, sidecars  # noqa: F401
 from tests.triton.server import eventually, free_ports, gone
 
 pytestmark = [pytest.mark.server, pytest.mark.model]
 
 
-def ask(port: int, **fields: Any) -> dict[str, Any]:
-    request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", json.dumps(fields).encode())
+def ask(port: int, key: str = "", **fields: Any) -> dict[str, Any]:
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", json.dumps(fields).encode(), headers)
     with urllib.request.urlopen(request, timeout=60) as answer:
         return dict(json.load(answer))
+
+
+def refuses_strangers(port: int) -> bool:
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        ask(port, prompt="a")
+    return refused.value.code == 401
 
 
 def door_of(command: Command) -> psutil.Process:
@@ -52,10 +60,15 @@ def test_both_doors_serve_one_engine_and_leave_nothing(serve: Callable[..., Comm
     eventually(lambda: gone(everything), 10)
 
 
-def test_a_door_that_dies_is_started_again(serve: Callable[..., Command]) -> None:  # noqa: F811
+def test_a_door_that_dies_is_started_again_with_its_key(
+    serve: Callable[..., Command],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, "secret")
     (port,) = free_ports(1)
     command = serve("--no-example", f"--openai-port={port}")
     command.wait_serving()
+    assert refuses_strangers(port)
     door = door_of(command)
     eventually(lambda: time.time() - door.create_time() > STEADY_SECONDS + 1)  # one that dies sooner ends the command
     door.kill()
@@ -63,9 +76,10 @@ def test_a_door_that_dies_is_started_again(serve: Callable[..., Command]) -> Non
 
     def answers() -> bool:
         try:
-            return bool(ask(port, prompt="a", max_tokens=1)["choices"])
+            return bool(ask(port, "secret", prompt="a", max_tokens=1)["choices"])
         except OSError:
             return False
 
     eventually(answers, 60)
     assert door_of(command).pid != door.pid
+    assert refuses_strangers(port)

@@ -36,6 +36,10 @@ def text_of(token: int) -> str:
     return text
 
 
+def utf8(entry: Logprob) -> bytes:
+    return entry.decoded_token.encode() if entry.raw is None else entry.raw
+
+
 def admitted(sidecar: Sidecar, client: Client, text: str | None = "the fox", **submit: Any) -> Admit:
     client.submit(7, text, **submit)
     admit: Admit = sidecar.engine.receive(Admit)
@@ -150,8 +154,31 @@ def test_decoded_tokens_join_to_the_text_and_are_cut_with_it(
     kept = [token for row in rows for token in row.tokens]
     chosen = [token for row in rows for token, *_ in row.logprobs]
     assert [entry.token_id for entry in chosen] == kept
-    assert "".join(entry.decoded_token for entry in chosen) == "".join(row.text for row in rows)
+    text = "".join(row.text for row in rows)
+    assert "".join(entry.decoded_token for entry in chosen) == text
+    assert b"".join(utf8(entry) for entry in chosen).decode(errors="replace") == text
+    if "stop" not in params:
+        assert b"".join(utf8(entry) for entry in chosen) == generated.encode() + "😀".encode()[:2]
     assert (len(kept) < len(tokens)) == (finish == STOP)
+
+
+def test_a_stop_token_that_is_left_out_has_no_bytes(sidecar: Sidecar, client: Client) -> None:
+    half = ids_of("😀")[0]
+    for stop, include, ends in ((half, False, b""), (half, True, b"\xf0\x9f"), (EOS, True, b"")):
+        admit = admitted(sidecar, client, params={"logprobs": 0, "include_stop_str_in_output": include})
+        tokens = [*ids_of("a"), half, stop]
+        sidecar.engine.step((admit.id, tokens, STOP), logprobs=[scores((token, -1.0)) for token in tokens])
+        assert b"".join(utf8(entry) for (entry,) in client.row().logprobs) == b"a\xf0\x9f" + ends
+
+
+def test_likeliest_tokens_that_are_part_of_a_character_have_their_bytes(sidecar: Sidecar, client: Client) -> None:
+    parts = ids_of("😀")
+    the = ids_of("the")[0]
+    admit = admitted(sidecar, client, params={"logprobs": len(parts)})
+    sidecar.engine.step((admit.id, [the], LENGTH), logprobs=[scores((the, -2.0), *((token, -1.0) for token in parts))])
+    ((_, *likeliest),) = client.row().logprobs
+    assert [entry.decoded_token for entry in likeliest] == ["\ufffd", "\ufffd\ufffd"]
+    assert b"".join(utf8(entry) for entry in likeliest) == "😀".encode()
 
 
 def test_prompt_logprobs_come_before_the_tokens(sidecar: Sidecar, client: Client) -> None:

@@ -89,6 +89,35 @@ def test_pieces_of_any_text_join_to_a_full_decode(oracle: Oracle, text: str) -> 
     assert "".join(stream(oracle.codec, ids)) == oracle.codec.decode(ids)
 
 
+@settings(max_examples=300, deadline=None)
+@given(text=st.text(max_size=30) | st.sampled_from(LINES), cut=st.integers(0, 3))
+def test_bytes_of_any_text_s_tokens_join_to_it_though_characters_span_them(oracle: Oracle, text: str, cut: int) -> None:
+    codec = oracle.codec
+    ids = codec.encode(text).tolist()
+    ids = ids[: len(ids) - cut]
+    detokenizer = codec.detokenizer()
+    released = [detokenizer.push(token) for token in ids]
+    if released:
+        released[-1] += detokenizer.flush()
+    joined = b"".join(map(detokenizer.own_bytes, ids, released))
+    if "\ufffd" in codec.decode(ids):  # cut within a character
+        assert codec.decode(codec.encode(text).tolist()).encode().startswith(joined)
+    else:
+        assert joined.decode() == codec.decode(ids)
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])
+def test_bytes_after_a_broken_character_are_the_token_s_own(tmp_path: Path, kind: str) -> None:
+    codec = TextCodec(write_model(tmp_path, KINDS[kind]()))
+    ids = codec.encode("the🦊").tolist()[:-1] + codec.encode("the").tolist()
+    pieces = codec.pieces(ids)
+    assert any("\ufffd" in piece and piece.endswith("the") for piece in pieces)
+    joined = b"".join(map(codec.detokenizer().own_bytes, ids, pieces))
+    broken = joined.removeprefix(b"the").removesuffix(b"the").strip()
+    assert 0 < len(broken) < 4
+    assert "🦊".encode().startswith(broken)
+
+
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(max_size=30))
 def test_a_byte_level_stream_never_shows_part_of_a_character(byte_codec: TextCodec, text: str) -> None:

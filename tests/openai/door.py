@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import subprocess
@@ -110,6 +111,16 @@ class Door:
                 return Answer(response.status, dict(response.headers), response.read())
         except urllib.error.HTTPError as error:
             return Answer(error.code, dict(error.headers), error.read())
+
+
+def upload(door: Door, id: str) -> http.client.HTTPConnection:
+    """A connection on which the server waits for the rest of a request."""
+    connection = http.client.HTTPConnection("127.0.0.1", door.port, timeout=30)
+    connection.putrequest("POST", "/v1/completions")
+    connection.putheader("content-length", "100")
+    connection.putheader("x-request-id", id)
+    connection.endheaders(b'{"prompt": ')
+    return connection
 
 
 @contextlib.contextmanager

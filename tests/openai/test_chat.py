@@ -54,6 +54,28 @@ def test_log_probabilities_join_to_the_text(door: Door) -> None:
     assert [token["top_logprobs"] for token in plain["content"]] == [[]] * 8
 
 
+def test_bytes_of_tokens_that_are_part_of_a_character_are_their_own(door: Door) -> None:
+    """Of the tiny model every token is a byte; what it generates is no text at all."""
+    fields = {"messages": MESSAGES, "seed": 1, "max_tokens": 100, "logprobs": True, "top_logprobs": 20}
+    fields |= {"skip_special_tokens": False, "ignore_eos": True}
+    for stream in (False, True):
+        answer = door.post("/v1/chat/completions", stream=stream, **fields)
+        if stream:
+            choices = [chunk["choices"][0] for chunk in answer.events]
+            text = "".join(choice["delta"].get("content", "") for choice in choices)
+            tokens = [token for choice in choices if choice["logprobs"] for token in choice["logprobs"]["content"]]
+        else:
+            (choice,) = answer.json["choices"]
+            text, tokens = choice["message"]["content"], choice["logprobs"]["content"]
+        assert len(tokens) == 100
+        data = b"".join(bytes(token["bytes"]) for token in tokens)
+        assert data.decode(errors="replace") == text
+        assert "\ufffd" in text
+        parts = [top for token in tokens for top in token["top_logprobs"] if top["token"] == "\ufffd"]
+        assert parts
+        assert all(len(top["bytes"]) == 1 and top["bytes"][0] >= 0x80 for top in parts)
+
+
 def test_parts_developers_names_and_what_the_sdk_sends_back_are_understood(door: Door, engine: EngineClient) -> None:
     said = {"role": "assistant", "content": "Because.", "refusal": None, "tool_calls": None, "audio": None}
     parts = [{"type": "text", "text": "Be"}, {"type": "text", "text": "brief."}]

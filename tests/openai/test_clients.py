@@ -6,6 +6,8 @@ import asyncio
 import http.client
 import json
 import socket
+import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +16,27 @@ import psutil
 import pytest
 
 from radix_backend.client import EngineClient
-from tests.openai.door import Door, idle, serving
+from tests.openai.door import Door, idle, serving, upload
+from tests.openai.test_chat import MESSAGES
 from tests.openai.test_completions import PLAIN
 from tests.triton.server import eventually
 
 ENDLESS = {"prompt": "a long story", "temperature": 0, "ignore_eos": True, "max_tokens": 8000}
 
 
-def ask(door: Door, **fields: Any) -> http.client.HTTPConnection:
+def ask(door: Door, id: str = "", **fields: Any) -> http.client.HTTPConnection:
     """A connection on which a completion was asked for; nothing is read."""
     connection = http.client.HTTPConnection("127.0.0.1", door.port, timeout=60)
     connection.connect()
     connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    connection.request("POST", "/v1/completions", json.dumps(ENDLESS | fields), {"content-type": "application/json"})
+    connection.request("POST", "/v1/completions", json.dumps(ENDLESS | fields), {"x-request-id": id})
     return connection
+
+
+def logged(door: Door, id: str) -> str:
+    """The line of the request ``id``, if it has ended."""
+    lines = [line for line in door.log.read_text().splitlines() if f", id {id}" in line]
+    return "".join(lines)
 
 
 def running(engine: EngineClient) -> tuple[float, float]:
@@ -37,10 +46,18 @@ def running(engine: EngineClient) -> tuple[float, float]:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_is_cancelled(door: Door, engine: EngineClient, stream: bool) -> None:
-    connection = ask(door, stream=stream, n=2)
+    connection = ask(door, f"left-{stream}", stream=stream, n=2)
     eventually(lambda: running(engine) == (2, 0))
     connection.close()
     eventually(lambda: idle(engine))
+    eventually(lambda: "POST /v1/completions 499 " in logged(door, f"left-{stream}"))
+
+
+def test_a_client_that_leaves_during_its_upload_is_a_line_in_the_log(door: Door) -> None:
+    connection = upload(door, "half")
+    connection.close()
+    eventually(lambda: "POST /v1/completions 499 " in logged(door, "half"))
+    assert "Traceback" not in door.log.read_text()
 
 
 def test_a_client_that_leaves_is_cancelled_in_the_queue_too(tmp_path: Path, tiny_settings: dict[str, Any]) -> None:
@@ -53,11 +70,40 @@ def test_a_client_that_leaves_is_cancelled_in_the_queue_too(tmp_path: Path, tiny
             refused = door.post("/v1/completions", ENDLESS | {"stream": stream})
             assert (refused.status, refused.error["code"]) == (503, "unavailable")
             assert "2 requests wait (max_queue_size)" in refused.error["message"]
+        for path, prompt in (("completions", {"prompt": "a"}), ("chat/completions", {"messages": MESSAGES})):
+            refused = door.post(f"/v1/{path}", n=3, **prompt)  # more than could ever wait
+            assert (refused.status, refused.error["param"]) == (400, "n")
+            assert "'n' is 3; accepted: at most 2 completions in a request" in refused.error["message"]
         clients[1].close()
         eventually(lambda: running(engine) == (1, 1))
         clients[0].close()
         clients[2].close()
         eventually(lambda: idle(engine))
+
+
+def test_the_largest_request_leaves_at_once_with_its_client(door: Door, engine: EngineClient) -> None:
+    """Others are served soon, whether it is small and many or asks for much."""
+    for prompts, n in ((["ab"] * 1024, 1), (["ab"] * 16, 64)):
+        connection = ask(door, prompt=prompts, n=n)
+        eventually(lambda: sum(running(engine)) > 0)
+        connection.close()
+        started = time.monotonic()
+        assert door.post("/v1/completions", prompt="another", **PLAIN).status == 200
+        assert time.monotonic() - started < 15
+        eventually(lambda: idle(engine))
+
+
+def test_the_queue_is_served_by_priority(tmp_path: Path, tiny_settings: dict[str, Any]) -> None:
+    with serving(tmp_path, tiny_settings | {"max_bs": 1}) as door, door.engine() as engine:
+        clients = []
+        for number, (id, priority) in enumerate((("first", 0), ("late", 20), ("early", -20))):
+            limit = 100 if number else 8000
+            clients.append(ask(door, id, prompt=f"{number}", max_tokens=limit, priority=priority))
+            eventually(lambda number=number: running(engine) == (1, number))
+        clients[0].close()
+        eventually(lambda: logged(door, "late"))
+    ended = [id for line in door.log.read_text().splitlines() for id in ("late", "early") if f", id {id}" in line]
+    assert ended == ["early", "late"]
 
 
 def test_a_client_that_does_not_read_holds_up_nobody_and_loses_nothing(
@@ -92,12 +138,17 @@ def test_32_sdk_clients_of_which_some_vanish_leave_nothing(tmp_path: Path, embed
 async def rounds(door: Door, engine: EngineClient) -> None:
     sizes = []
     async with openai.AsyncOpenAI(base_url=door.url(), api_key="any", max_retries=0, timeout=120) as client:
-        alone = {number: await answer(client, number, leaves=False) for number in range(4)}
+        alone = {number: await answer(client, number) for number in range(4)}
         for _ in range(3):
-            answers = await asyncio.gather(*(answer(client, number, leaves=number % 4 == 3) for number in range(32)))
+            answers = await asyncio.gather(
+                *(vanish(door) if number % 8 == 7 else answer(client, number, leaves(number)) for number in range(32))
+            )
             for number, text in enumerate(answers):
-                assert alone[number % 4].startswith(text)
-                assert (text == alone[number % 4]) is (number % 4 != 3) or not text
+                if leaves(number):
+                    assert alone[number % 4].startswith(text)
+                    assert len(text) < len(alone[number % 4])
+                else:
+                    assert text == alone[number % 4] != ""
             await asyncio.to_thread(eventually, lambda: idle(engine))
             process = psutil.Process(door.process.pid)
             sizes.append((process.num_threads(), process.memory_info().rss))
@@ -111,7 +162,30 @@ def connections(door: Door) -> list[Any]:
     return [each for each in inet if each.status == psutil.CONN_ESTABLISHED]
 
 
-async def answer(client: openai.AsyncOpenAI, number: int, leaves: bool) -> str:
+def leaves(number: int) -> bool:
+    """Whether the ``number``-th client does, before its answer is complete."""
+    return number % 4 == 3
+
+
+async def vanish(door: Door) -> str:
+    """What a client gets that asks as one that leaves does, and whose machine then resets the connection."""
+    fields = {"prompt": "Once upon a time", "temperature": 0, "seed": 1, "max_tokens": 400, "stream": True}
+    body = json.dumps(fields).encode()
+    reader, writer = await asyncio.open_connection("127.0.0.1", door.port)
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
+    texts: list[str] = []
+    while len(texts) < 3:
+        line = await asyncio.wait_for(reader.readline(), 120)
+        assert line
+        if line.startswith(b"data: "):
+            texts.append(json.loads(line.removeprefix(b"data: "))["choices"][0]["text"])
+    sock = writer.get_extra_info("socket")
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing it sends a RST
+    writer.transport.abort()
+    return "".join(texts)
+
+
+async def answer(client: openai.AsyncOpenAI, number: int, leaves: bool = False) -> str:
     """The ``number``-th client's text; one that ``leaves`` does so after three pieces of a long one."""
     limit = 400 if number % 4 == 3 else 24
     options: dict[str, Any] = {"model": "embedded", "temperature": 0, "seed": 1, "max_tokens": limit}

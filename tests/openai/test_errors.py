@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import typing
+import urllib.request
 from typing import Any
 
 import openai.types.chat.completion_create_params as chat_fields
@@ -25,6 +26,15 @@ WRONG: list[tuple[str, dict[str, Any], int, str, str]] = [
     ("completions", TEXT | {"prompt": [5, 999]}, 400, "prompt", "'prompt' holds 999; accepted: 0 to 319"),
     ("completions", TEXT | {"prompt": []}, 400, "prompt", "field 'prompt' is []; accepted: a text, token ids"),
     ("completions", TEXT | {"prompt": ["a", 1]}, 400, "prompt", "field 'prompt' is ['a', 1]"),
+    (
+        "completions",
+        TEXT | {"prompt": ["a"] * 1024, "n": 2},
+        400,
+        "prompt",
+        "'prompt' holds 1024 prompts and 'n' is 2, which is 2048 completions; accepted: at most 1024 completions",
+    ),
+    ("completions", TEXT | {"prompt": ["ab"] * 1024, "n": 64, "echo": True}, 400, "prompt", "is 65536 completions"),
+    ("completions", TEXT | {"prompt": ["ab"] * 1025}, 400, "prompt", "or a list of 1 to 1024 of either"),
     ("completions", TEXT | {"max_tokens": 0}, 400, "max_tokens", "or 0 with 'echo' true"),
     ("completions", TEXT | {"temperature": -1}, 400, "temperature", "is -1; accepted: float >= 0.0"),
     ("completions", TEXT | {"temperature": "0.5"}, 400, "temperature", "is '0.5'; accepted: float"),
@@ -41,6 +51,7 @@ WRONG: list[tuple[str, dict[str, Any], int, str, str]] = [
         "guided_json",
         "unknown field 'guided_json'; accepted: add_special",
     ),
+    ("completions", TEXT | {"text_input": "a"}, 400, "text_input", "unknown field 'text_input'; accepted: add_special"),
     ("completions", TEXT | {"best_of": 2}, 400, "best_of", "not supported; accepted: 1"),
     (
         "completions",
@@ -51,6 +62,14 @@ WRONG: list[tuple[str, dict[str, Any], int, str, str]] = [
     ),
     ("completions", TEXT | {"max_new_tokens": 2}, 400, "max_tokens", "beside 'max_new_tokens'"),
     ("chat/completions", {"messages": []}, 400, "messages", "accepted: array of length >= 1"),
+    ("chat/completions", {"messages": [{"role": "user"}]}, 400, "messages", "lacks 'content' (at messages[0])"),
+    (
+        "chat/completions",
+        {"messages": [*CHAT["messages"], {"role": "assistant", "content": None}]},
+        400,
+        "messages",
+        "field 'messages' lacks 'content' (at messages[1])",
+    ),
     ("chat/completions", {"messages": [{"role": "tool", "content": "x"}]}, 400, "messages", "(at messages[0].role)"),
     (
         "chat/completions",
@@ -91,11 +110,29 @@ def test_a_wrong_request_is_told_what_is_wrong(
         assert answer.error["type"] == "invalid_request_error"
 
 
+def test_wrong_conversations_and_tokens_are_told_by_the_fields_that_clients_know(door: Door) -> None:
+    for path, fields, param, message in (
+        ("/tokenize", {"messages": [{"content": "x"}]}, "messages", "field 'messages' lacks 'role' (at messages[0])"),
+        ("/tokenize", {"messages": [{"role": "user", "content": None}]}, "messages", "lacks 'content'"),
+        ("/detokenize", {"tokens": [5, 99999]}, "tokens", "'tokens' holds 99999; accepted: 0 to 319"),
+        ("/detokenize", {"tokens": [-1]}, "tokens", "(at tokens[0])"),
+    ):
+        answer = door.post(path, fields)
+        assert (answer.status, answer.error["param"]) == (400, param)
+        assert message in answer.error["message"]
+
+
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"prompt": "\xff"}', b"[" * 100_000, b"NaN"])
 def test_a_body_that_is_no_json_object_is_refused(door: Door, body: bytes) -> None:
     answer = door.post("/v1/completions", body)
     assert answer.status == 400
     assert "the body is" in answer.error["message"]
+
+
+def test_a_number_beyond_all_floats_is_told_as_such(door: Door) -> None:
+    answer = door.post("/v1/completions", b'{"prompt": "a", "temperature": 1e999}')
+    assert (answer.status, answer.error["param"]) == (400, None)
+    assert answer.error["message"] == "the body is JSON with a number that is too large; accepted: 64-bit floats"
 
 
 @pytest.mark.parametrize(
@@ -118,6 +155,14 @@ def test_fields_that_ask_for_nothing_are_accepted(door: Door) -> None:
     assert door.post("/v1/chat/completions", CHAT | nothing | nulls).status == 200
 
 
+@pytest.mark.parametrize("path", ["/health", "/metrics", "/v1/models", "/v1/models/tiny"])
+def test_head_is_answered_like_get_without_the_body(door: Door, path: str) -> None:
+    head = door.open(urllib.request.Request(door.url(path), method="HEAD"))
+    got = door.get(path)
+    assert (head.status, head.content, head.headers["content-type"]) == (200, b"", got.headers["content-type"])
+    assert int(head.headers["content-length"]) > 0
+
+
 def test_unknown_paths_and_methods_are_refused_in_the_same_shape(door: Door) -> None:
     for path, status in (("/v1/embeddings", 404), ("/v1/completions", 405), ("/v1/models/other", 404)):
         answer = door.get(path)
@@ -137,7 +182,7 @@ def test_a_body_beyond_the_limit_is_refused_once_it_is_written(door: Door, told:
             connection.request("POST", "/v1/completions", iter([body[:half], body[half:]]), encode_chunked=True)
         response = connection.getresponse()
         error = json.loads(response.read())["error"]
-        assert response.status == 413
+        assert (response.status, error["code"]) == (413, "body_too_large")
         assert "accepted: at most 1048576 bytes" in error["message"]
         connection.request("GET", "/health")  # the same connection goes on
         assert connection.getresponse().status == 200

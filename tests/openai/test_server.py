@@ -18,7 +18,7 @@ import pytest
 
 from radix_backend.metrics.families import ENGINE, REQUEST
 from radix_backend.sidecar.runtime import RunDir
-from tests.openai.door import Door
+from tests.openai.door import Door, upload
 from tests.openai.test_completions import PLAIN
 from tests.triton.server import eventually, gone
 
@@ -39,6 +39,7 @@ def start(tmp_path: Path, tiny_settings: dict[str, Any]) -> Iterator[Start]:
     yield start
     for door in started:
         door.stop()
+        eventually(lambda door=door: not sidecar(door))  # or the next test's door meets it
 
 
 def sidecar(door: Door) -> list[psutil.Process]:
@@ -93,11 +94,31 @@ def test_web_pages_may_ask_from_the_origins_that_are_allowed(start: Start) -> No
         assert got.get("access-control-allow-origin") == (origin if allowed else None)
 
 
-def test_https_with_a_certificate(start: Start, tmp_path: Path) -> None:
-    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+def certificate(directory: Path) -> tuple[Path, Path]:
+    """For loopback, and its key."""
+    cert, key = directory / "cert.pem", directory / "key.pem"
     openssl = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-days", "1"]
     names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)]
     subprocess.run([*openssl, *names], check=True, capture_output=True)
+    return cert, key
+
+
+@pytest.fixture(scope="session")
+def pems(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A certificate, its key, the same key encrypted, a key of something else, and a file that is none of them."""
+    directory = tmp_path_factory.mktemp("pems")
+    _, key = certificate(directory)
+    for command in (
+        ["rsa", "-aes128", "-passout", "pass:secret", "-in", str(key), "-out", str(directory / "encrypted.pem")],
+        ["genrsa", "-out", str(directory / "other.pem"), "2048"],
+    ):
+        subprocess.run(["openssl", *command], check=True, capture_output=True)
+    (directory / "empty.pem").touch()
+    return directory
+
+
+def test_https_with_a_certificate(start: Start, tmp_path: Path) -> None:
+    cert, key = certificate(tmp_path)
     door = start(f"--tls-cert={cert}", f"--tls-key={key}")
     context = ssl.create_default_context(cafile=str(cert))
 
@@ -120,13 +141,19 @@ def test_https_with_a_certificate(start: Start, tmp_path: Path) -> None:
         (["--max-body=much"], "--max-body is 'much'; accepted: bytes, or a size such as '2GiB'"),
         (["--drain-seconds=-1"], "--drain-seconds is -1; accepted: 0 or more"),
         (["--tls-cert=x.pem"], "--tls-key is missing; accepted: both"),
+        (["--tls-cert=empty.pem", "--tls-key=key.pem"], "--tls-cert is 'empty.pem': "),
+        (["--tls-cert=key.pem", "--tls-key=key.pem"], "accepted: a certificate chain (PEM)"),
+        (["--tls-cert=cert.pem", "--tls-key=empty.pem"], "--tls-key is 'empty.pem': "),
+        (["--tls-cert=cert.pem", "--tls-key=other.pem"], "accepted: the private key of the certificate (PEM)"),
+        (["--tls-cert=cert.pem", "--tls-key=encrypted.pem"], "not encrypted"),
         (["--max-bs=0"], "setting 'max_bs' is '0'; accepted: int >= 1"),
     ],
 )
-def test_wrong_flags_are_told_at_once(flags: list[str], message: str) -> None:
+def test_wrong_flags_are_told_at_once(pems: Path, flags: list[str], message: str) -> None:
     command = [sys.executable, "-m", "radix_backend.cli", "openai", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, cwd=pems, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
+    assert "Traceback" not in done.stderr
     assert message in done.stderr
 
 
@@ -241,6 +268,18 @@ def test_streams_that_would_go_on_end_with_an_error(start: Start) -> None:
     assert door.stop() == 0
     error = json.loads(stream.end().removeprefix(b"data: "))["error"]
     assert (error["message"], error["type"], error["code"]) == ("the server is stopping", "server_error", "unavailable")
+
+
+def test_an_upload_that_would_go_on_ends_with_an_error(start: Start) -> None:
+    door = start("--drain-seconds=0.5")
+    door.wait_serving()
+    connection = upload(door, "slow")
+    door.get("/health")  # by then the server has read what came before
+    assert door.stop() == 0
+    answer = connection.getresponse()
+    assert (answer.status, json.loads(answer.read())["error"]["message"]) == (503, "the server is stopping")
+    assert "POST /v1/completions 503 " in door.log.read_text()
+    assert "Traceback" not in door.log.read_text()
 
 
 def test_a_dead_engine_ends_streams_with_an_error_and_is_followed_to_its_next_life(start: Start) -> None:
