@@ -288,7 +288,10 @@ def _delta(item: Delta | RadixError) -> Delta:
 
 
 def _token_column(name: str, ids: TokenIds) -> bytes:
-    values = np.asarray(ids)
+    try:
+        values = np.asarray(ids)
+    except ValueError:  # lists of different lengths
+        values = np.empty(0)
     accepted = f"a list of 1 or more integers from 0 to {_MAX_TOKEN_ID}"
     if values.ndim != 1 or values.size == 0 or values.dtype.kind not in "iu":
         raise InvalidArgument(f"{name!r} is {show(values.tolist())}; accepted: {accepted}")

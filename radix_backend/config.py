@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -39,6 +40,11 @@ DEVICE_DEFAULTS = {
 
 def _by_device(name: str) -> str:
     return f"default: {DEVICE_DEFAULTS['cuda'][name]} on a GPU, {DEVICE_DEFAULTS['cpu'][name]} on a CPU"
+
+
+# What the doors of one engine may have differently.
+CLIENT_SIDE = ("engine_python", "engine_endpoint", "linger", "log_level")
+_SWITCH_VALUES = ("true", "false", "1", "0")
 
 
 # `omit_defaults`: the 0 that stands for "by device" is no value that `max_bs` accepts, so it must not travel.
@@ -164,6 +170,11 @@ class EngineConfig(
             values["kv_cache_memory"] = parse_size(size, "setting 'kv_cache_memory'")
         if isinstance(ids := values.get("device_ids"), str):
             values["device_ids"] = [part.strip() for part in ids.split(",")]
+        if isinstance(level := values.get("log_level"), str):
+            values["log_level"] = level.lower()  # Python spells its own levels in capitals
+        for name, default in zip(cls.__struct_fields__, cls.__struct_defaults__, strict=True):
+            if isinstance(default, bool) and str(values.get(name, default)).lower() not in _SWITCH_VALUES:
+                raise InvalidArgument(f"setting {name!r} is {show(values[name])}; accepted: true or false")
         config = convert(cls, values, "setting")
         return msgspec.structs.replace(config, model=_absolute_model(config.model))
 
@@ -216,9 +227,26 @@ class EngineConfig(
 
     def identity(self) -> str:
         """16 hex digits that two configurations share exactly when one sidecar can serve both."""
-        client_side = ("engine_python", "engine_endpoint", "linger", "log_level")
-        engine_side = {name: getattr(self, name) for name in self.__struct_fields__ if name not in client_side}
+        engine_side = {name: getattr(self, name) for name in self.__struct_fields__ if name not in CLIENT_SIDE}
         return hashlib.blake2b(json.dumps(engine_side, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+    def engine_flags(self) -> str:
+        """The flags, for a shell, that give a command this `identity`: all that are not the defaults."""
+        fields = zip(self.__struct_fields__, self.__struct_defaults__, strict=True)
+        given = [name for name, default in fields if name not in CLIENT_SIDE and getattr(self, name) != default]
+        return shlex.join(flag for name in given for flag in (flag_of(name), spell(getattr(self, name))))
+
+
+def flag_of(name: str) -> str:
+    """The flag of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def spell(value: object) -> str:
+    """A setting's value as a flag has it, which `EngineConfig.parse` understands."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def parse_size(text: str, what: str) -> int:

@@ -7,16 +7,18 @@ and with it the prefix cache.
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Mapping, Sequence
-from contextlib import aclosing, closing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import aclosing, closing, contextmanager
 from functools import partial
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, overload
+from typing import Any, TypeGuard, overload
 
 import numpy as np
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from radix_backend.client import EngineClient
 from radix_backend.config import EngineConfig
@@ -25,6 +27,7 @@ from radix_backend.output import Completion, Output
 from radix_backend.protocol import Status
 from radix_backend.sampling_params import SamplingParams
 from radix_backend.sidecar.sink import Delta
+from radix_backend.validation import show
 
 _IN_FLIGHT = 1024  # completions of a list that the engine is given at a time: some steps' worth
 
@@ -38,20 +41,24 @@ class LLM:
     latest when the interpreter exits.
     """
 
-    def __init__(self, config: EngineConfig | None = None, *, progress: bool = True) -> None:
+    def __init__(
+        self, config: EngineConfig | str | os.PathLike[str] | None = None, *, progress: bool = True, **settings: Any
+    ) -> None:
         """Returns when the model is loaded; raises InvalidArgument when it cannot be.
 
-        ``progress`` shows what is waited for, here and with lists of prompts, if stderr is a terminal. What the engine
-        logs goes to the loggers ``radix_backend.*``.
+        ``LLM("Qwen3-0.6B", max_bs=4)`` is ``LLM(EngineConfig(model="Qwen3-0.6B", max_bs=4))``.
+        ``progress`` shows what is waited for, here and with lists of prompts, if stderr is a terminal or a notebook's.
+        What the engine logs goes to the loggers ``radix_backend.*``.
         """
-        self.config = config or EngineConfig()
-        self._bar = partial(tqdm, disable=None if progress else True)
+        self.config = _config(config, settings)
+        # None is "unless stderr is no terminal". A notebook's is none, and shows a bar all the same.
+        self._bar = partial(tqdm, disable=True if not progress else False if _in_notebook() else None)
         with self._bar(desc="engine: starting", bar_format="{desc} [{elapsed}]", leave=False) as bar:
 
-            def show(status: Status) -> None:
+            def show_status(status: Status) -> None:
                 bar.set_description_str(f"engine: {status.detail or status.state}")
 
-            self.client = EngineClient(self.config, on_log=_log, on_status=show)
+            self.client = EngineClient(self.config, on_log=_log, on_status=show_status)
             self._close = weakref.finalize(self, self.client.close)
             try:
                 self.client.wait_ready()
@@ -78,9 +85,11 @@ class LLM:
         order; its ``params`` may be a list as long. Lower ``priority`` is served earlier.
         Raises whatever error ends a request; the others of a list are cancelled then, as at Ctrl-C.
         """
-        if isinstance(prompt, str) or (len(prompt) and isinstance(prompt[0], int | np.integer)):
+        if isinstance(prompt, str) or (_is_list(prompt) and len(prompt) and isinstance(prompt[0], int | np.integer)):
             return Generation(self, prompt, params, _prompt(prompt, priority))
-        return self._generate_list(prompt, params, [_prompt(each, priority) for each in prompt])
+        if not _is_list(prompt):
+            raise InvalidArgument(f"'prompt' is {show(prompt)}; accepted: {_PROMPT}, or a list of prompts")
+        return self._generate_list(prompt, params, partial(_prompt, priority=priority))
 
     @overload
     def chat(
@@ -112,10 +121,13 @@ class LLM:
 
         The model's own template makes the prompt; ``chat_template_kwargs`` are further variables of it.
         """
-        request = partial(dict[str, Any], chat_template_kwargs=chat_template_kwargs, priority=priority)
-        if messages and isinstance(messages[0], Mapping):
-            return Generation(self, messages, params, request(messages=messages))
-        return self._generate_list(messages, params, [request(messages=each) for each in messages])
+        request = partial(_conversation, chat_template_kwargs=chat_template_kwargs, priority=priority)
+        if not _is_list(messages):
+            accepted = f"{_CONVERSATION}, or a list of conversations"
+            raise InvalidArgument(f"'messages' is {show(messages)}; accepted: {accepted}")
+        if len(messages) and isinstance(messages[0], Mapping):
+            return Generation(self, messages, params, request(messages))
+        return self._generate_list(messages, params, request)
 
     def close(self) -> None:
         """Give the engine up, which ends `EngineConfig.linger` seconds after its last user; what runs is cancelled."""
@@ -141,10 +153,14 @@ class LLM:
         self,
         prompts: Sequence[Any],
         params: SamplingParams | Sequence[SamplingParams] | None,
-        requests: list[dict[str, Any]],
+        request: Callable[[Any], dict[str, Any]],
     ) -> list[Output]:
-        """``requests`` are keywords of `EngineClient.submit`, one for each of ``prompts``."""
-        each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(requests)
+        """``request`` makes keywords of `EngineClient.submit` of a prompt."""
+        requests = []
+        for index, prompt in enumerate(prompts):
+            with _our_words(index):
+                requests.append(request(prompt))
+        each = [_params(one) for one in params] if _is_list(params) else [_params(params)] * len(requests)
         if len(each) != len(requests):
             raise InvalidArgument(f"'params' is a list of {len(each)}; accepted: one, or as many as prompts")
         outputs = [_empty_output(prompt, one) for prompt, one in zip(prompts, each, strict=True)]
@@ -157,14 +173,16 @@ class LLM:
                 while num_sent < len(requests) or running:
                     while num_sent < len(requests) and (not running or num_open + each[num_sent].n <= limit):
                         sink = _Sink(inbox, num_sent)
-                        running[num_sent] = self.client.submit(
-                            each[num_sent], sink=sink, wants_input_ids=True, **requests[num_sent]
-                        )
+                        with _our_words(num_sent):
+                            running[num_sent] = self.client.submit(
+                                each[num_sent], sink=sink, wants_input_ids=True, **requests[num_sent]
+                            )
                         num_open += each[num_sent].n
                         num_sent += 1
                     index, item = inbox.get()
                     if isinstance(item, RadixError):
-                        raise type(item)(f"prompt {index} of the list: {item}")
+                        with _our_words(index):
+                            raise item
                     outputs[index].add(item)
                     num_tokens += len(item.token_ids)
                     num_open -= bool(item.finish)
@@ -189,7 +207,7 @@ class Generation:
     def __init__(self, llm: LLM, prompt: Any, params: SamplingParams | None, request: dict[str, Any]) -> None:
         self._llm = llm  # which lives as long as this
         self._prompt = prompt
-        self._params = params or SamplingParams()
+        self._params = _params(params)
         self._request = request
         self.output = _empty_output(prompt, self._params)
 
@@ -222,7 +240,8 @@ class Generation:
 
     def _deltas(self) -> Generator[Delta, None, None]:
         self.output = output = _empty_output(self._prompt, self._params)
-        with closing(self._llm.client.generate(None, self._params, wants_input_ids=True, **self._request)) as deltas:
+        request = self._llm.client.generate(None, self._params, wants_input_ids=True, **self._request)
+        with _our_words(), closing(request) as deltas:
             for delta in deltas:
                 output.add(delta)
                 yield delta
@@ -230,10 +249,11 @@ class Generation:
     async def _adeltas(self) -> AsyncGenerator[Delta, None]:
         self.output = output = _empty_output(self._prompt, self._params)
         request = self._llm.client.agenerate(None, self._params, wants_input_ids=True, **self._request)
-        async with aclosing(request) as deltas:
-            async for delta in deltas:
-                output.add(delta)
-                yield delta
+        with _our_words():
+            async with aclosing(request) as deltas:
+                async for delta in deltas:
+                    output.add(delta)
+                    yield delta
 
     def _check_streams(self) -> None:
         if self._params.n != 1:
@@ -254,8 +274,67 @@ class _Sink:
         self._inbox.put((self._index, error))
 
 
-def _prompt(prompt: str | Sequence[int], priority: int) -> dict[str, Any]:
+_PROMPT = "a text, or a list (or an array) of token ids"
+_CONVERSATION = "a list of messages, dicts with 'role' and 'content'"
+
+
+def _config(config: Any, settings: dict[str, Any]) -> EngineConfig:
+    """Raises InvalidArgument or Unsupported for what is none."""
+    if isinstance(config, EngineConfig):
+        if settings:
+            names = ", ".join(settings)
+            raise InvalidArgument(f"{names} beside an EngineConfig; accepted: settings in it, or as keywords alone")
+        return config
+    if isinstance(config, str | os.PathLike):
+        if "model" in settings:
+            raise InvalidArgument(f"'model' is {os.fspath(config)!r} and {settings['model']!r}; accepted: one value")
+        settings = {"model": os.fspath(config), **settings}
+    elif config is not None:
+        accepted = "an EngineConfig, a model by name or directory, or settings as keywords"
+        raise InvalidArgument(f"'config' is {show(config)}; accepted: {accepted}")
+    return EngineConfig(**settings)
+
+
+def _params(params: Any) -> SamplingParams:
+    if params is None:
+        return SamplingParams()
+    if not isinstance(params, SamplingParams):
+        raise InvalidArgument(f"'params' is {show(params)}; accepted: SamplingParams(…), or for a list a list of these")
+    return params
+
+
+def _is_list(value: Any) -> TypeGuard[Sequence[Any]]:
+    if isinstance(value, np.ndarray):
+        return value.ndim > 0
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _prompt(prompt: Any, priority: int) -> dict[str, Any]:
+    if not (isinstance(prompt, str) or _is_list(prompt)):
+        raise InvalidArgument(f"'prompt' is {show(prompt)}; accepted: {_PROMPT}")
     return {"text" if isinstance(prompt, str) else "input_ids": prompt, "priority": priority}
+
+
+def _conversation(messages: Any, **request: Any) -> dict[str, Any]:
+    if not (_is_list(messages) and all(isinstance(message, Mapping) for message in messages)):
+        raise InvalidArgument(f"'messages' is {show(messages)}; accepted: {_CONVERSATION}")
+    return {"messages": messages, **request}
+
+
+@contextmanager
+def _our_words(index: int | None = None) -> Iterator[None]:
+    """Inside, an error calls the prompt as its user does, and names which one of a list it was."""
+    try:
+        yield
+    except RadixError as error:
+        message = str(error).replace("'text_input', 'input_ids'", "'prompt'")
+        message = message.replace("'text_input'", "'prompt'").replace("'input_ids'", "'prompt'")
+        where = "" if index is None else f"prompt {index} of the list: "
+        raise type(error)(where + message) from None
+
+
+def _in_notebook() -> bool:
+    return type(sys.stderr).__module__.startswith("ipykernel.")
 
 
 def _empty_output(prompt: Any, params: SamplingParams) -> Output:
@@ -263,4 +342,8 @@ def _empty_output(prompt: Any, params: SamplingParams) -> Output:
 
 
 def _log(level: str, source: str, line: str) -> None:
-    logging.getLogger(f"radix_backend.{source}").log(logging.getLevelName(level.upper()), "%s", line)
+    logger = logging.getLogger(f"radix_backend.{source}")
+    # The supervisor's one error is that the engine failed, and why. Where nobody has set up logging, it would stand on
+    # stderr beside the exception, and after the same words of the process that failed.
+    if (source, level) != ("supervisor", "error") or logger.hasHandlers():
+        logger.log(logging.getLevelName(level.upper()), "%s", line)

@@ -235,8 +235,8 @@ class Supervisor:
         if lease is None or lease.version != PROTOCOL_VERSION:
             return f"a sidecar of version {PROTOCOL_VERSION} {where}; this client is version {version}: {stop}"
         if lease.identity != self._config.identity():
-            model = self._config.model
-            return f"a sidecar with model {model!r} and other settings than this client's {where}: {stop}"
+            flags = self._config.engine_flags() or "none, but for defaults"
+            return f"a sidecar with other settings than this client's {where}: give the same ({flags}), or {stop}"
         return ""
 
     def _joined(self) -> Status:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +37,14 @@ def prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(prefix: Path, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """The entry point of an image that was laid out in ``prefix``."""
-    return subprocess.run(
-        [str(DOCKER / "entrypoint"), *arguments],
-        env=image(prefix),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        **options,
-    )
+    command = [str(DOCKER / "entrypoint"), *arguments]
+    return subprocess.run(command, env=image(prefix), capture_output=True, text=True, timeout=120, **options)
 
 
-def image(prefix: Path) -> dict[str, str]:
-    return os.environ | {"PATH": f"{prefix / 'server' / 'bin'}:{os.environ['PATH']}"}
+def image(prefix: Path, notes: Path | None = None) -> dict[str, str]:
+    """An environment as in the image. ``notes`` tells two containers on this one machine apart."""
+    path = {"PATH": f"{prefix / 'server' / 'bin'}:{os.environ['PATH']}"}
+    return os.environ | path | ({"XDG_RUNTIME_DIR": str(notes)} if notes else {})
 
 
 def canonical(requirements: str) -> set[str]:
@@ -57,47 +53,121 @@ def canonical(requirements: str) -> set[str]:
     return {f"{canonicalize_name(name)}=={version}" for name, version in pairs}
 
 
-def healthcheck(port: int) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(DOCKER / "healthcheck"), str(port)], capture_output=True, text=True, timeout=60)
+SETTINGS = ["--dtype=float32", "--kv-cache-memory=16MiB"]
 
 
-@contextmanager
-def container(prefix: Path, model: Path) -> Iterator[tuple[psutil.Process, int, int]]:
-    """The process, its HTTP port and its health port."""
-    http, grpc, metrics, health = free_ports(4)
-    flags = [f"--http-port={http}", f"--grpc-port={grpc}", f"--metrics-port={metrics}", f"--health-port={health}"]
-    settings = ["--host=127.0.0.1", f"--model={model}", "--dtype=float32", "--kv-cache-memory=16MiB"]
-    process = psutil.Popen([str(DOCKER / "entrypoint"), *flags, *settings], env=image(prefix), cwd="/")
-    try:
-        yield process, http, health
-    finally:
-        if process.is_running():
-            process.terminate()
-            process.wait(30)
+class Container:
+    """What the entry point makes of these arguments."""
+
+    def __init__(self, prefix: Path, notes: Path, *arguments: str) -> None:
+        notes.mkdir(mode=0o700)
+        self._environment = image(prefix, notes)
+        self.process = psutil.Popen(
+            [str(DOCKER / "entrypoint"), *arguments], env=self._environment, cwd="/", stdin=subprocess.PIPE
+        )
+
+    def ailment(self) -> str:
+        """What the health check says; "" while it finds nothing."""
+        command = [str(DOCKER / "healthcheck")]
+        done = subprocess.run(command, env=self._environment, capture_output=True, text=True, timeout=60)
+        assert (done.returncode == 0) == (not done.stderr), done.stderr
+        return done.stderr
+
+    def wait_healthy(self) -> None:
+        eventually(lambda: not self.ailment(), START_SECONDS)
+
+    def stop(self) -> None:
+        self.process.terminate()
+        assert self.process.wait(30) == 0
+
+
+@pytest.fixture
+def container(prefix: Path) -> Iterator[Callable[..., Container]]:
+    started: list[Container] = []
+    with tempfile.TemporaryDirectory(prefix="radix-", dir="/tmp") as directory:  # short, for sockets
+
+        def start(*arguments: str) -> Container:
+            started.append(Container(prefix, Path(directory, str(len(started))), *arguments))
+            return started[-1]
+
+        yield start
+        for each in started:
+            if each.process.is_running():
+                each.process.kill()
+                each.process.wait(30)
 
 
 @pytest.mark.server
-def test_a_container_serves_and_its_health_check_tells_the_truth(prefix: Path, tmp_path: Path) -> None:
+def test_a_container_serves_and_its_health_check_tells_the_truth(
+    prefix: Path, container: Callable[..., Container], tmp_path: Path
+) -> None:
     model = save_tiny(tmp_path / "model")
-    with container(prefix, model) as (process, http, health):
-        assert healthcheck(health).stderr.startswith("nobody answers: ")
-        eventually(lambda: healthcheck(health).returncode == 0, START_SECONDS)
-        asked = run(prefix, "chat", f"http://127.0.0.1:{http}", "--set=max_tokens=3", input="hello")
-        assert (asked.returncode, " + 3, " in asked.stderr) == (0, True), asked.stderr
-        everything = process.children(recursive=True)
-        (server,) = (child for child in everything if child.name() == "tritonserver")
-        assert str(prefix / "server") in " ".join(server.environ()["PATH"].split(":"))
-        server.suspend()
+    http, grpc, metrics, health = free_ports(4)
+    flags = [f"--http-port={http}", f"--grpc-port={grpc}", f"--metrics-port={metrics}", f"--health-port={health}"]
+    serving = container("serve", "--no-example", *flags, f"--model={model}", *SETTINGS)
+    assert serving.ailment()
+    serving.wait_healthy()
+    # From outside: a server of 127.0.0.1 alone does not answer there.
+    asked = run(prefix, "chat", f"http://127.0.0.2:{http}", "--set=max_tokens=3", input="hello")
+    assert (asked.returncode, " + 3, " in asked.stderr) == (0, True), asked.stderr
+    everything = serving.process.children(recursive=True)
+    (server,) = (child for child in everything if child.name() == "tritonserver")
+    assert str(prefix / "server") in " ".join(server.environ()["PATH"].split(":"))
+    server.suspend()
+    try:
+        assert "tritonserver does not answer" in serving.ailment()
+    finally:
+        server.resume()
+    serving.stop()
+    eventually(lambda: gone(everything))
+    assert serving.ailment()
+
+
+def test_containers_of_an_engine_and_of_openai_s_api_serve_together_and_tell_the_truth(
+    prefix: Path, container: Callable[..., Container], tmp_path: Path
+) -> None:
+    model = save_tiny(tmp_path / "model")
+    with tempfile.TemporaryDirectory(prefix="radix-", dir="/tmp") as endpoint:
+        engine = container("engine", f"--endpoint={endpoint}", f"--model={model}", *SETTINGS)
+        engine.wait_healthy()
+        (port,) = free_ports(1)
+        door = container("openai", f"--port={port}", f"--engine-endpoint={endpoint}")
+        door.wait_healthy()
+        asked = run(prefix, "chat", f"http://127.0.0.2:{port}/v1", "--set=max_tokens=3", input="hello")
+        assert (asked.returncode, " + 3" in asked.stderr) == (0, True), asked.stderr
+        (computing,) = (each for each in engine.process.children() if "radix_backend.engine" in each.cmdline())
+        computing.suspend()
         try:
-            ill = healthcheck(health)
+            assert "did not answer" in engine.ailment()
         finally:
-            server.resume()
-        assert ill.returncode == 1
-        assert "tritonserver does not answer" in ill.stderr
-        process.terminate()
-        assert process.wait(30) == 0
-        eventually(lambda: gone(everything))
-    assert healthcheck(health).returncode == 1
+            computing.resume()
+        engine.stop()
+        assert "ended" in engine.ailment() or "nothing runs" in engine.ailment()
+        eventually(lambda: door.ailment(), 30)
+        door.stop()
+
+
+def test_an_engine_of_its_own_is_found_by_openai_s_api_and_chat(
+    prefix: Path, container: Callable[..., Container], tmp_path: Path
+) -> None:
+    """The server's environment has no torch."""
+    settings = [f"--model={save_tiny(tmp_path / 'model')}", *SETTINGS]
+    (port,) = free_ports(1)
+    door = container("openai", f"--port={port}", *settings)
+    door.wait_healthy()
+    door.stop()
+    asked = run(prefix, "chat", *settings, "--set=max_tokens=3", input="hello")
+    assert (asked.returncode, " + 3" in asked.stderr) == (0, True), asked.stderr
+
+
+def test_other_commands_are_healthy_while_they_run(prefix: Path, container: Callable[..., Container]) -> None:
+    talk = container("chat", "http://127.0.0.1:1/v1", "--served-model=none")
+    eventually(lambda: str(prefix / "server" / "bin" / "radix-backend") in talk.process.cmdline(), 10)
+    talk.process.suspend()
+    assert talk.ailment() == ""
+    talk.process.kill()
+    talk.process.wait(30)
+    assert talk.ailment()
 
 
 def test_the_engine_s_commands_run_in_its_own_environment(prefix: Path) -> None:

@@ -11,16 +11,19 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
+from jupyter_client.manager import start_new_kernel
 
 from radix_backend import LLM, EngineConfig, SamplingParams
 from radix_backend.errors import Cancelled, InvalidArgument
 from radix_backend.sidecar.runtime import RunDir
 from tests.models.tiny import greedy, load_reference, save_tiny
 from tests.triton.server import eventually
+from tests.triton.terminal import terminal
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 LONG = SamplingParams(max_tokens=8000, ignore_eos=True)
@@ -128,6 +131,59 @@ def test_an_error_in_a_list_names_the_prompt_and_cancels_the_others(llm: LLM) ->
     eventually(lambda: idle(llm))
 
 
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([[1], []], r"prompt 1 of the list: 'prompt' is \[\]; accepted: a list of 1 or more integers"),
+        (["x", 5], "prompt 1 of the list: 'prompt' is 5; accepted: a text, or a list "),
+        (["x", None], "prompt 1 of the list: 'prompt' is None; accepted: a text, or a list "),
+        ([[1], [-1]], "prompt 1 of the list: 'prompt' holds -1; accepted: "),
+        ([[[1], [2, 3]]], "prompt 0 of the list: 'prompt' is .*; accepted: a list of 1 or more integers"),
+        ([[1], [9999]], "prompt 1 of the list: 'prompt' holds 9999; accepted: "),
+        (5, "'prompt' is 5; accepted: a text, or a list .*, or a list of prompts"),
+        (np.array(5), "'prompt' is array"),
+        (b"bytes", "'prompt' is b'bytes'; accepted: "),
+        ({"prompt": "x"}, "'prompt' is {.*}; accepted: "),
+    ],
+)
+def test_what_is_no_prompt_is_told_and_cancels_the_others(llm: LLM, prompts: Any, message: str) -> None:
+    with pytest.raises(InvalidArgument, match=message):
+        llm.generate(prompts, LONG)
+    eventually(lambda: idle(llm))
+
+
+@pytest.mark.parametrize(
+    "messages", ["hi", {"role": "user", "content": "hi"}, 5, ["hi"], [[1]], [{"role": "user", "content": "hi"}, "hi"]]
+)
+def test_what_is_no_conversation_is_told(llm: LLM, messages: Any) -> None:
+    with pytest.raises(InvalidArgument, match=r"'messages' is .*; accepted: a list of messages, dicts "):
+        llm.chat(messages)
+
+
+@pytest.mark.parametrize("params", [{"max_tokens": 3}, "greedy", [GREEDY], 3])
+def test_what_are_no_parameters_is_told(llm: LLM, params: Any) -> None:
+    for ask in (lambda: llm.generate("x", params), lambda: llm.chat([{"role": "user", "content": "x"}], params)):
+        with pytest.raises(InvalidArgument, match=r"'params' is .*; accepted: SamplingParams"):
+            ask()
+    with pytest.raises(InvalidArgument, match=r"'params' is .*; accepted: SamplingParams|a list of 1; accepted"):
+        llm.generate(["x", "y"], params)
+
+
+def test_an_error_names_what_the_user_gave(llm: LLM) -> None:
+    with pytest.raises(InvalidArgument, match=r"^'prompt' is 0 tokens long; accepted: 1 to 8191"):
+        llm.generate("").result()
+
+    async def use() -> None:
+        with pytest.raises(InvalidArgument, match=r"^'prompt' holds 9999"):
+            await llm.generate([9999])
+
+    asyncio.run(use())
+
+
+def test_no_prompts_have_no_outputs(llm: LLM) -> None:
+    assert llm.generate([]) == llm.generate(np.array([])) == llm.chat([]) == []
+
+
 def test_a_stream_is_of_one_completion(llm: LLM) -> None:
     several = llm.generate("a", SamplingParams(n=2))
     with pytest.raises(InvalidArgument, match="'n' is 2; accepted for a stream: 1"):
@@ -160,6 +216,8 @@ def test_leaving_a_loop_cancels_the_request(llm: LLM) -> None:
 
 def test_a_task_that_is_cancelled_cancels_its_request(llm: LLM) -> None:
     async def use() -> None:
+        with pytest.raises(TypeError):
+            await asyncio.create_task(llm.generate("a", LONG))  # type: ignore[arg-type]
         task = asyncio.ensure_future(llm.generate("a", LONG))
         while not llm.client.stats()["requests_running"]:
             await asyncio.sleep(0.01)
@@ -185,6 +243,33 @@ def test_equal_settings_share_an_engine_and_its_cache(llm: LLM, config: EngineCo
 def test_an_engine_that_cannot_start_is_told(config: EngineConfig) -> None:
     with pytest.raises(InvalidArgument, match="float16"):
         LLM(EngineConfig(model=config.model, dtype="float16", device="cpu", linger=0))
+
+
+def test_settings_may_be_given_without_a_config(config: EngineConfig, llm: LLM) -> None:
+    """Such an LLM joins the engine of the same settings."""
+    settings = {"dtype": "float32", "kv_cache_memory": "64MiB", "max_queue_size": 8, "linger": 0.2}
+    for other in (
+        lambda: LLM(config.model, **settings),
+        lambda: LLM(Path(config.model), **settings),
+        lambda: LLM(model=config.model, progress=False, **settings),
+    ):
+        with other() as same:
+            assert same.config == config
+
+
+@pytest.mark.parametrize(
+    ("positional", "settings", "message"),
+    [
+        (EngineConfig(), {"max_bs": 4}, "max_bs beside an EngineConfig; accepted: "),
+        ("embedded", {"model": "other"}, "'model' is 'embedded' and 'other'; accepted: one value"),
+        ("embedded", {"max_batch": 4}, "unknown setting 'max_batch'; accepted: "),
+        (None, {"max_bs": 0}, "setting 'max_bs' is 0; accepted: int >= 1"),
+        ({"model": "embedded"}, {}, "'config' is {.*}; accepted: an EngineConfig, a model by name or directory, or "),
+    ],
+)
+def test_settings_that_are_none_are_told(positional: Any, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidArgument, match=message):
+        LLM(positional, **settings)
 
 
 def test_closing_ends_what_runs_as_cancelled(config: EngineConfig) -> None:
@@ -260,6 +345,54 @@ def test_a_script_that_fails_leaves_nothing(model: Path) -> None:
     status, _, errors = Script(model, "failing", body).end()
     assert status == 1
     assert errors.endswith("KeyError: 'mine'\n")
+
+
+def test_why_a_model_does_not_load_is_not_said_over_and_over(model: Path) -> None:
+    body = "LLM(config.model, dtype='float16', device='cpu', linger=0)"
+    status, _, errors = Script(model, "float16", body).end()
+    assert status == 1
+    assert errors.splitlines()[-1].startswith("radix_backend.errors.InvalidArgument: setting 'dtype' is 'float16'; ")
+    assert errors.count("setting 'dtype' is 'float16'") <= 2, errors
+
+
+PROGRESS = """
+from radix_backend import LLM, SamplingParams
+with LLM({model!r}, dtype="float32", kv_cache_memory="64MiB", max_queue_size=8, progress={progress}) as llm:
+    outputs = llm.generate([[1], [2], [3]], SamplingParams(max_tokens=4, ignore_eos=True))
+    print(len(outputs), "done")
+"""
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_progress_is_shown_on_a_terminal(llm: LLM, tmp_path: Path, progress: bool) -> None:
+    with terminal(tmp_path, program=("-c", PROGRESS.format(model=llm.config.model, progress=progress))) as screen:
+        shown = screen.wait_for("3 done")
+    assert ["engine: " in shown, "3/3" in shown, "tok/s" in shown] == [progress] * 3
+
+
+def test_progress_is_shown_in_a_notebook_and_nothing_is_warned_of(llm: LLM) -> None:
+    manager, client = start_new_kernel(kernel_name="python3")
+    shown = {"stdout": "", "stderr": ""}
+
+    def take(message: dict[str, Any]) -> None:
+        content = message["content"]
+        if message["msg_type"] == "stream":
+            shown[content["name"]] += content["text"]
+        assert message["msg_type"] != "error", content
+
+    cell = PROGRESS.format(model=llm.config.model, progress=True)
+    cell += (
+        '    print(len((await llm.generate("a", SamplingParams(max_tokens=2, ignore_eos=True))).token_ids), "awaited")'
+    )
+    try:
+        client.execute_interactive(cell, timeout=PATIENCE, output_hook=take)
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+    assert shown["stdout"] == "3 done\n2 awaited\n"
+    assert "engine: " in shown["stderr"]
+    assert "3/3" in shown["stderr"]
+    assert "Warning" not in shown["stderr"]
 
 
 WAYS = {

@@ -50,7 +50,7 @@ class Measurement(msgspec.Struct):
     figures: list[Figures]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="radix-backend bench",
         description="Measure throughput and latency. Tokens are counted where they arrive, one by one.",
@@ -71,7 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="write PNG plots there; needs radix-backend[bench]")
     add_settings(parser)
-    parsed = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parsed = make_parser().parse_args(arguments)
     try:
         return _run(parsed)
     except RadixError as error:

@@ -24,8 +24,7 @@ radix-backend COMMAND --help tells the rest.
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0, 1 where something failed, 2 for a wrong setting or flag."""
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="radix-backend",
         description=_DESCRIPTION,
@@ -36,7 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in (serve, openai, engine, chat, top, bench, profile, prebuild, doctor, env):
         command.add_parser(commands)
-    parsed = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0, 1 where something failed, 2 for a wrong setting or flag."""
+    parsed = make_parser().parse_args(arguments)
     try:
         return int(parsed.run(parsed))
     except RadixError as error:

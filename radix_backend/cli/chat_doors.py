@@ -21,6 +21,8 @@ from radix_backend.sampling_params import SamplingParams
 Messages = list[dict[str, Any]]
 
 _TRITON_MODEL = "radix"
+# What somebody answers to Triton's own path who is no Triton; a server that wants a key may ask for it everywhere.
+_NO_TRITON = (http.HTTPStatus.NOT_FOUND, http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN)
 _RETURNS = (
     "return_finish_reason",
     "return_num_input_tokens",
@@ -147,7 +149,7 @@ def find_door(url: str, model: str) -> Door:
     try:
         _open(f"{url}/v2/health/live").close()
     except _Refusal as refusal:
-        if refusal.status == http.HTTPStatus.NOT_FOUND:  # somebody answers, who is no Triton
+        if refusal.status in _NO_TRITON:
             return OpenAIDoor(f"{url}/v1", model)
     return TritonDoor(url, model)
 

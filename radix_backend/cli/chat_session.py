@@ -90,6 +90,7 @@ class ChatSession:
         answer = ""
         started = time.monotonic()
         first = 0.0
+        num_pieces = 0
         figures: Figures | None = None
         with closing(self._door.ask(system + asked, self._params)) as pieces:
             try:
@@ -98,6 +99,7 @@ class ChatSession:
                         figures = piece
                     elif piece:
                         first = first or time.monotonic() - started
+                        num_pieces += 1
                         answer += piece
                         print(piece, end="", flush=True)
             except KeyboardInterrupt:
@@ -106,7 +108,8 @@ class ChatSession:
                 if answer:
                     print(flush=True)
         self._messages = [*asked, {"role": "assistant", "content": answer.rstrip("\n")}]
-        self._note("stopped" if figures is None else _spell(figures, first, time.monotonic() - started))
+        seconds = time.monotonic() - started - first if num_pieces > 1 else None
+        self._note("stopped" if figures is None else _spell(figures, first, seconds))
 
     # ── commands ──────────────────────────────────────────────────────────────────────
 
@@ -170,9 +173,9 @@ class _Quit(Exception):
     pass
 
 
-def _spell(figures: Figures, first: float, seconds: float) -> str:
-    """``first`` is when the text began, ``seconds`` when it ended."""
-    rate = f", {(figures.num_output_tokens - 1) / (seconds - first):.0f} tok/s" if figures.num_output_tokens > 1 else ""
+def _spell(figures: Figures, first: float, seconds: float | None) -> str:
+    """``first`` is when the text began, ``seconds`` how long it went on: None where it came in one piece."""
+    rate = f", {(figures.num_output_tokens - 1) / seconds:.0f} tok/s" if seconds else ""
     cached = "" if figures.cached_tokens is None else f" ({figures.cached_tokens} cached)"
     tokens = f"{figures.num_input_tokens} tokens{cached} + {figures.num_output_tokens}"
     return f"{tokens}, first after {1000 * first:.0f} ms{rate}, {figures.finish_reason}"

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from radix_backend.cli.settings import add_settings, given_settings
+from radix_backend.client import EngineClient
 from radix_backend.config import EngineConfig
+from radix_backend.errors import RadixError
+from radix_backend.sidecar.runtime import RunDir
+
+_ANSWER_SECONDS = 5.0
 
 _EPILOG = """\
 examples:
@@ -40,3 +48,16 @@ def run(arguments: argparse.Namespace) -> int:
 
     run_foreground(EngineConfig.parse(given_settings(arguments)), arguments.endpoint)
     return 0
+
+
+def engine_ailment(arguments: argparse.Namespace) -> str:
+    """Why nobody should use the engine that was started with these arguments; "" while it answers."""
+    config = EngineConfig.parse(given_settings(arguments))
+    endpoint = arguments.endpoint.absolute() if arguments.endpoint else RunDir.of(config).path
+    with EngineClient(msgspec.structs.replace(config, engine_endpoint=os.fspath(endpoint))) as client:
+        try:
+            client.wait_ready(_ANSWER_SECONDS)
+            client.stats(timeout=_ANSWER_SECONDS)
+        except RadixError as error:
+            return str(error)
+    return ""

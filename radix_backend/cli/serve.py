@@ -14,10 +14,11 @@ from typing import Any
 from radix_backend.cli.extras import extra
 from radix_backend.cli.openai import OpenAIProcess, check_packages
 from radix_backend.cli.settings import add_settings, given_settings, spell_settings
+from radix_backend.cli.sidecar import adopt
 from radix_backend.cli.terminal import EngineLog, EngineProgress, Terminal
 from radix_backend.cli.tritonserver import PYTHON, find_server
 from radix_backend.client import EngineClient
-from radix_backend.config import EngineConfig, radix_home
+from radix_backend.config import CLIENT_SIDE, EngineConfig, flag_of, radix_home
 from radix_backend.errors import InvalidArgument, Unavailable
 
 _EPILOG = """\
@@ -80,8 +81,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     repository = Repository(arguments.model_repository)
     flags = given_settings(arguments)
-    config = EngineConfig.parse(repository.settings() | flags)
-    overrides = spell_settings(config, list(flags))
+    config = own = EngineConfig.parse(repository.settings() | flags)
+    if arguments.model_repository is None and flags.keys() <= set(CLIENT_SIDE):
+        config = adopt(own)
+    adopted = [name for name in EngineConfig.__struct_fields__ if getattr(config, name) != getattr(own, name)]
+    # No text takes back what the repository says in place of a default like "by device": then the engine refuses.
+    overrides = spell_settings(config, [*flags, *(name for name in adopted if getattr(config, name) not in (None, 0))])
     ports = Ports(
         arguments.host,
         arguments.http_port,
@@ -108,7 +113,7 @@ def run(arguments: argparse.Namespace) -> int:
             log = radix_home() / "logs" / f"tritonserver-{ports.http}.log"
             door = None
             if ports.openai:
-                spelled = [f"--{name.replace('_', '-')}={value}" for name, value in overrides.items()]
+                spelled = [f"{flag_of(name)}={value}" for name, value in overrides.items()]
                 source = f"--model-repository={repository.path}"
                 door = OpenAIProcess(ports, MODEL, config, [source, *spelled], drain=EXIT_SECONDS / 2)
                 running.callback(door.stop)

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from radix_backend.config import DEVICE_DEFAULTS, EngineConfig
+from radix_backend.config import DEVICE_DEFAULTS, EngineConfig, flag_of, spell
 
 _METAVARS = {
     msgspec.inspect.IntType: "INT",
@@ -27,12 +27,10 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         metavar, switch = _metavar(field.type.type)
         text = str((field.type.extra_json_schema or {})["description"]).replace("%", "%%")
         if field.default not in (None, "") and field.name not in DEVICE_DEFAULTS["cpu"]:
-            text += f" (default: {_spell(field.default)})"
+            text += f" (default: {spell(field.default)})"
         # A switch may stand alone, and may be set to false where the model repository says true.
         optional: dict[str, Any] = {"nargs": "?", "const": "true"} if switch else {}
-        group.add_argument(
-            "--" + field.name.replace("_", "-"), dest=_dest(field.name), metavar=metavar, help=text, **optional
-        )
+        group.add_argument(flag_of(field.name), dest=_dest(field.name), metavar=metavar, help=text, **optional)
 
 
 def given_settings(arguments: argparse.Namespace) -> dict[str, str]:
@@ -43,17 +41,11 @@ def given_settings(arguments: argparse.Namespace) -> dict[str, str]:
 
 def spell_settings(config: EngineConfig, names: list[str]) -> dict[str, str]:
     """Checked settings as text again, for a process that parses them."""
-    return {name: _spell(getattr(config, name)) for name in names}
+    return {name: spell(getattr(config, name)) for name in names}
 
 
 def _dest(name: str) -> str:
     return f"setting_{name}"
-
-
-def _spell(value: object) -> str:
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _metavar(kind: msgspec.inspect.Type) -> tuple[str, bool]:

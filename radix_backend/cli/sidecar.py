@@ -12,7 +12,7 @@ import msgspec
 
 from radix_backend.cli.settings import add_settings, given_settings
 from radix_backend.client import EngineClient
-from radix_backend.config import EngineConfig
+from radix_backend.config import CLIENT_SIDE, EngineConfig
 from radix_backend.errors import NotFound
 from radix_backend.sidecar.runtime import RunDir
 
@@ -25,8 +25,28 @@ def add_sidecar_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def sidecar_config(arguments: argparse.Namespace) -> EngineConfig:
-    """Of the flags, and of the model repository where they say nothing. Raises what `EngineConfig` does."""
-    return EngineConfig.parse(_repository_settings(arguments.model_repository) | given_settings(arguments))
+    """Of the flags, and of the model repository where they say nothing; or else of the engine at the endpoint.
+
+    Raises what `EngineConfig` does, and InvalidArgument for an unusable endpoint.
+    """
+    flags = given_settings(arguments)
+    config = EngineConfig.parse(_repository_settings(arguments.model_repository) | flags)
+    if arguments.model_repository is None and flags.keys() <= set(CLIENT_SIDE):
+        return adopt(config)
+    return config
+
+
+def adopt(config: EngineConfig) -> EngineConfig:
+    """With the settings of the engine that serves at its endpoint, if there is one; else as it is."""
+    if config.engine_endpoint is None:
+        return config
+    run_dir = RunDir.of(config)
+    try:
+        run_dir.check()
+        serving = msgspec.json.decode(run_dir.config.read_bytes(), type=EngineConfig)
+    except (OSError, msgspec.DecodeError):  # nobody serves there yet, or a version that the supervisor will refuse
+        return config
+    return msgspec.structs.replace(serving, **{name: getattr(config, name) for name in CLIENT_SIDE})
 
 
 def join_sidecar(arguments: argparse.Namespace) -> EngineClient:

@@ -77,7 +77,7 @@ def ask(client: EngineClient) -> Values:
 
 def scrape(url: str) -> Values:
     """A server's metrics: sums over its models, of the cache's usage the highest. Raises Unavailable."""
-    url = url.rstrip("/").removesuffix("/metrics") + "/metrics"
+    url = url.rstrip("/").removesuffix("/metrics").removesuffix("/v1") + "/metrics"
     try:
         with urllib.request.urlopen(url, timeout=_ANSWER_SECONDS) as answer:
             page = answer.read().decode()

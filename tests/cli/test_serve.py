@@ -147,6 +147,23 @@ def test_flags_reach_the_engine_beside_the_repository_s_own_parameters(
 
 @pytest.mark.server
 @pytest.mark.model
+def test_without_a_setting_of_the_engine_it_serves_the_one_at_the_endpoint(
+    tmp_path: Path, runtime_dir: Path, embedded_model_dir: Path
+) -> None:
+    endpoint = runtime_dir / "endpoint"
+    engine = [sys.executable, "-m", "radix_backend.cli", "engine", f"--endpoint={endpoint}", *FAST]
+    with subprocess.Popen(engine, stderr=subprocess.DEVNULL) as process:
+        try:
+            eventually((endpoint / "config.json").exists, 30)
+            command = Command(tmp_path, f"--engine-endpoint={endpoint}", "--once")
+            assert command.process.wait(120) == 0, command.said
+        finally:
+            process.terminate()
+    assert "A: The capital of France is Paris.\n" in command.said
+
+
+@pytest.mark.server
+@pytest.mark.model
 def test_death_of_the_server_is_told(serve: Callable[..., Command]) -> None:
     command = serve("--no-example")
     command.wait_serving()

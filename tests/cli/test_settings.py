@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from typing import Any
 
 import msgspec
@@ -67,6 +68,26 @@ def test_settings_that_are_not_given_are_left_to_the_repository() -> None:
 def test_switch_may_stand_alone(argument: str, value: bool) -> None:
     config = EngineConfig.parse(given(f"--disable-async-scheduling{argument}"))
     assert config.disable_async_scheduling is value
+
+
+def test_what_a_switch_cannot_be_is_told_in_words() -> None:
+    """A URL after a switch that stands alone, say."""
+    with pytest.raises(InvalidArgument, match="'enforce_eager' is 'http://x'; accepted: true or false"):
+        EngineConfig.parse(given("--enforce-eager", "http://x"))
+
+
+@pytest.mark.parametrize("level", ["INFO", "Info", "info"])
+def test_a_log_level_may_be_spelled_as_python_does(level: str) -> None:
+    assert EngineConfig.parse(given("--log-level", level)).log_level == "info"
+    assert EngineConfig(log_level=level).log_level == "info"
+
+
+def test_the_flags_of_an_engine_give_another_command_its_identity() -> None:
+    config = EngineConfig(**VALUES)
+    flags = shlex.split(config.engine_flags())
+    assert EngineConfig.parse(given(*flags)).identity() == config.identity()
+    assert not {"--linger", "--log-level", "--engine-python", "--engine-endpoint"} & set(flags)
+    assert EngineConfig(linger=1).engine_flags() == ""
 
 
 @pytest.mark.parametrize("values", [VALUES, ELSEWHERE])

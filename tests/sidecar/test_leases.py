@@ -148,7 +148,8 @@ def test_a_client_of_another_model_learns_why_it_is_refused(world: World) -> Non
     world.client()
     other = world.config(max_bs=3, engine_endpoint=str(world.run_dir.path))
     refused = world.client(ready=False, config=other)
-    with pytest.raises(InvalidArgument, match="other settings than this client's serves"):
+    told = rf"other settings than this client's serves .*: give the same \(--model {world.model}\), or stop it first"
+    with pytest.raises(InvalidArgument, match=told):
         refused.wait_ready(PATIENCE)
     with pytest.raises(Unavailable, match="the engine is failed"):
         refused.submit(SamplingParams(), text="x", sink=None)

@@ -7,11 +7,12 @@ import os
 import pty
 import re
 import select
+import struct
 import subprocess
 import sys
 import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -40,13 +41,15 @@ class Terminal:
 
 
 @contextmanager
-def terminal(home: Path, *arguments: str) -> Iterator[Terminal]:
-    """``radix-backend`` with these arguments and this RADIX_HOME; killed at the end if it runs still."""
+def terminal(home: Path, *arguments: str, program: Sequence[str] = ("-m", "radix_backend.cli")) -> Iterator[Terminal]:
+    """``radix-backend``, or another program of Python's, with these arguments and this RADIX_HOME; killed at the end if
+    it runs still."""
     ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 40, 120, 0, 0))  # of no size at first
     settings = {"TERM": "xterm", "COLUMNS": "120", "PROMPT_TOOLKIT_NO_CPR": "1", "RADIX_HOME": str(home)}
     environment = os.environ | settings
     process = subprocess.Popen(
-        [sys.executable, "-m", "radix_backend.cli", *arguments],
+        [sys.executable, *program, *arguments],
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,

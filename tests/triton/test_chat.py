@@ -33,9 +33,10 @@ DOORS: dict[str, Callable[[TritonServer], list[str]]] = {
 }
 
 
-def chat(typed: str, *arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
+def chat(typed: str, *arguments: str, status: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "radix_backend.cli", "chat", *arguments]
-    done = subprocess.run(command, input=typed, capture_output=True, text=True, timeout=120, check=False)
+    environment = os.environ | environment
+    done = subprocess.run(command, input=typed, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == status, done.stderr
     return done
 
@@ -64,9 +65,23 @@ def test_a_conversation_in_a_pipe(server: TritonServer, engine: EngineClient, do
 
 
 def test_a_conversation_through_openais_api(engine: EngineClient, tmp_path: Path) -> None:
-    with serving(tmp_path, EXACT) as door:
-        done = chat("\n".join(QUESTIONS), door.url(), *GREEDY, "--system=Answer in one sentence.")
-    assert done.stdout.splitlines() == answers(engine, *QUESTIONS, system="Answer in one sentence.")
+    """The server wants a key, for every path: whether it is a Triton is not for others to know."""
+    with serving(tmp_path, EXACT, "--api-key=secret") as door:
+        for path in ("/v1", ""):
+            asked = (door.url(path), *GREEDY, "--system=Answer in one sentence.")
+            done = chat("\n".join(QUESTIONS), *asked, OPENAI_API_KEY="secret")
+            assert done.stdout.splitlines() == answers(engine, *QUESTIONS, system="Answer in one sentence.")
+        assert "key" in chat(QUESTIONS[0], door.url(""), status=1, OPENAI_API_KEY="other").stderr
+        assert json.loads(top("--once", "--json", "--interval=0.1", door.url("/v1")))["requests_running"] == 0
+
+
+def test_no_rate_is_made_of_text_that_came_in_one_piece(server: TritonServer) -> None:
+    """Here because it might have become a stop string."""
+    held_back = "--set=stop=The capital of France is Paris. And"
+    done = chat(QUESTIONS[0], *DOORS["HTTP"](server), *GREEDY, "--system=Answer in one sentence.", held_back)
+    assert done.stdout == "The capital of France is Paris.\n"
+    assert "first after" in done.stderr
+    assert "tok/s" not in done.stderr
 
 
 def test_a_conversation_is_saved_and_goes_on(server: TritonServer, engine: EngineClient, tmp_path: Path) -> None:
@@ -198,6 +213,7 @@ def test_top_watches_until_ctrl_c(server: TritonServer, tmp_path: Path) -> None:
     [
         (["http://127.0.0.1:1/metrics", "--once"], "http://127.0.0.1:1/metrics: "),
         (["--interval=0"], "--interval is 0.0; accepted: more than 0"),
+        (["--enforce-eager", "http://127.0.0.1:1"], "'enforce_eager' is 'http://127.0.0.1:1'; accepted: true or false"),
         (["--namespace=nobody's", "--once"], "start one with `radix-backend engine`"),
     ],
 )

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from radix_backend.client import EngineClient
+from tests.test_docs import commands
 from tests.triton.scrape import Metrics
 from tests.triton.server import REPOSITORY, TritonServer, eventually
 
@@ -50,6 +51,18 @@ class Setting:
 @pytest.fixture
 def setting(server: TritonServer) -> Setting:
     return Setting(server)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/requests.md"])
+def test_requests_that_a_page_shows_are_answered(setting: Setting, page: str) -> None:
+    requests = [line for line in commands(page) if line.startswith("curl") and "/v2/models/radix/" in line]
+    assert requests
+    for line in requests:
+        command = re.sub(r"(http://127\.0\.0\.1|HOST):8000", setting.http, line)
+        done = subprocess.run(
+            ["bash", "-c", f"{command} --fail-with-body -s"], capture_output=True, text=True, timeout=60
+        )
+        assert (done.returncode, '"text_output":"' in done.stdout) == (0, True), (line, done.stdout)
 
 
 def test_every_example_is_tested_and_listed() -> None:
