@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ from tests.models.embedded import embedded_dir
 
 # Read when torch is imported: see radix_backend.worker. Tests share the cores with servers of their own.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# A shell has its background jobs ignore Ctrl-C, and so would every process that a test starts and then interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 if not find_gpu().present:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which transformers may do before tests.cuda
 
