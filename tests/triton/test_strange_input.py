@@ -79,7 +79,7 @@ def strings(*values: bytes) -> np.ndarray:
 LIMIT = f"accepted: 1 to {CONTEXT - 1} (the context of {CONTEXT}, less one to generate)"
 WRONG_PROMPTS: dict[str, tuple[dict[str, Any], str]] = {
     "empty": ({"text_input": ""}, f"'text_input' is 0 tokens long; {LIMIT}"),
-    "no-ids": ({"input_ids": []}, "'input_ids' is array([], dtype=int32); accepted: a list of 1 or more integers"),
+    "no-ids": ({"input_ids": []}, "'input_ids' is []; accepted: a list of 1 or more integers"),
     "as-long-as-the-context": ({"text_input": "a" * CONTEXT}, f"'text_input' is {CONTEXT} tokens long; {LIMIT}"),
     "ids-as-long-as-the-context": ({"input_ids": [1] * CONTEXT}, f"'input_ids' is {CONTEXT} tokens long; {LIMIT}"),
     "longer": ({"text_input": "a" * (CONTEXT + 1)}, f"'text_input' is {CONTEXT + 1} tokens long; {LIMIT}"),
