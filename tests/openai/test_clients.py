@@ -119,6 +119,7 @@ def test_a_client_that_does_not_read_holds_up_nobody_and_loses_nothing(
         eventually(lambda: running(engine)[0] == 1)
         assert verbose.post("/v1/completions", prompt="another", **PLAIN).json["choices"] == alone
         eventually(lambda: idle(engine), 120)
+        unread.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)  # as `ask` left it, reading takes minutes
         lines = unread.getresponse().read().decode().split("\n\n")
     events = [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
     assert lines[-2:] == ["data: [DONE]", ""]
