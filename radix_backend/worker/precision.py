@@ -25,8 +25,7 @@ def settle_dtype(config: EngineConfig) -> EngineConfig:
     if config.dtype != "auto":
         return config
     if config.device == "cpu" and not multiplies_bf16(_CPUINFO):
-        # Two cores of an AVX2 machine, products of a 135M model: 16 rows take 147 ms in f32 and 425 in bf16, 256 rows
-        # 0.85 and 6.6 s; one row, which is bound by memory, 50 and 34 ms.
+        # Figures: docs/performance.md, "On a CPU without bf16 instructions".
         log.info("dtype: float32, because this CPU has no bf16 instructions")
         return msgspec.structs.replace(config, dtype="float32")
     return msgspec.structs.replace(config, dtype="bfloat16")
