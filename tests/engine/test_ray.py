@@ -131,7 +131,10 @@ class Stream:
         self.sink = Recorder()
         client.submit(LONG, text="hello", sink=self.sink)
         eventually(lambda: len(self.sink.tokens) > 8)
-        (self.engine,), (self.rank,) = processes("radix_backend.engine"), processes(RANK)
+        (self.engine,) = (
+            each for each in processes("radix_backend.engine") if client.status.model_dir in each.cmdline()
+        )
+        (self.rank,) = processes(RANK)
         self.agent = self.rank.parent()
 
     def ends_with(self, reason: str) -> None:
