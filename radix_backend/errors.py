@@ -55,3 +55,10 @@ CODES = tuple(_BY_CODE)
 def from_code(code: str, message: str) -> RadixError:
     """The error that travelled as ``(code, message)`` in a protocol message."""
     return _BY_CODE.get(code, RadixError)(message)
+
+
+def call_it_prompt(message: str) -> str:
+    """An error's message for doors at which a prompt of either kind is one thing: the gateway uses Triton's names."""
+    for names in ("'text_input', 'input_ids'", "'text_input'", "'input_ids'"):
+        message = message.replace(names, "'prompt'")
+    return message

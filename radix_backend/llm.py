@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from radix_backend.client import EngineClient
 from radix_backend.config import EngineConfig
-from radix_backend.errors import InvalidArgument, RadixError
+from radix_backend.errors import InvalidArgument, RadixError, call_it_prompt
 from radix_backend.output import Completion, Output
 from radix_backend.protocol import Status
 from radix_backend.sampling_params import SamplingParams
@@ -327,10 +327,8 @@ def _our_words(index: int | None = None) -> Iterator[None]:
     try:
         yield
     except RadixError as error:
-        message = str(error).replace("'text_input', 'input_ids'", "'prompt'")
-        message = message.replace("'text_input'", "'prompt'").replace("'input_ids'", "'prompt'")
         where = "" if index is None else f"prompt {index} of the list: "
-        raise type(error)(where + message) from None
+        raise type(error)(where + call_it_prompt(str(error))) from None
 
 
 def _in_notebook() -> bool:

@@ -18,7 +18,7 @@ from radix_backend.cli.sidecar import adopt
 from radix_backend.cli.terminal import EngineLog, EngineProgress, Terminal
 from radix_backend.cli.tritonserver import PYTHON, find_server
 from radix_backend.client import EngineClient
-from radix_backend.config import CLIENT_SIDE, EngineConfig, flag_of, radix_home
+from radix_backend.config import EngineConfig, flag_of, radix_home
 from radix_backend.errors import InvalidArgument, Unavailable
 
 _EPILOG = """\
@@ -81,9 +81,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     repository = Repository(arguments.model_repository)
     flags = given_settings(arguments)
-    config = own = EngineConfig.parse(repository.settings() | flags)
-    if arguments.model_repository is None and flags.keys() <= set(CLIENT_SIDE):
-        config = adopt(own)
+    own = EngineConfig.parse(repository.settings() | flags)
+    config = adopt(own, arguments)
     adopted = [name for name in EngineConfig.__struct_fields__ if getattr(config, name) != getattr(own, name)]
     # No text takes back what the repository says in place of a default like "by device": then the engine refuses.
     overrides = spell_settings(config, [*flags, *(name for name in adopted if getattr(config, name) not in (None, 0))])

@@ -29,16 +29,15 @@ def sidecar_config(arguments: argparse.Namespace) -> EngineConfig:
 
     Raises what `EngineConfig` does, and InvalidArgument for an unusable endpoint.
     """
-    flags = given_settings(arguments)
-    config = EngineConfig.parse(_repository_settings(arguments.model_repository) | flags)
-    if arguments.model_repository is None and flags.keys() <= set(CLIENT_SIDE):
-        return adopt(config)
-    return config
+    config = EngineConfig.parse(_repository_settings(arguments.model_repository) | given_settings(arguments))
+    return adopt(config, arguments)
 
 
-def adopt(config: EngineConfig) -> EngineConfig:
-    """With the settings of the engine that serves at its endpoint, if there is one; else as it is."""
-    if config.engine_endpoint is None:
+def adopt(config: EngineConfig, arguments: argparse.Namespace) -> EngineConfig:
+    """With the settings of the engine that serves at its endpoint, if there is one and ``arguments`` name neither a
+    repository nor a setting of an engine; else as it is."""
+    named = arguments.model_repository is not None or not given_settings(arguments).keys() <= set(CLIENT_SIDE)
+    if named or config.engine_endpoint is None:
         return config
     run_dir = RunDir.of(config)
     try:

@@ -9,7 +9,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 from starlette.responses import Response
 
-from radix_backend.errors import InvalidArgument, NotFound, RadixError, Unsupported
+from radix_backend.errors import InvalidArgument, NotFound, RadixError, Unsupported, call_it_prompt
 from radix_backend.protocol import Logprob
 
 LOWEST_LOGPROB = -9999.0  # OpenAI's number for what JSON cannot say: minus infinity
@@ -163,9 +163,8 @@ class Error(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, error: RadixError) -> Error:
         message = str(error)
-        if not message.startswith("unknown field"):  # which may be one of these
-            # The gateway calls a prompt by Triton's names; here both are one field.
-            message = message.replace("'text_input'", "'prompt'").replace("'input_ids'", "'prompt'")
+        if not message.startswith("unknown field"):  # which may be one of Triton's
+            message = call_it_prompt(message)
         if not isinstance(error, InvalidArgument | NotFound | Unsupported):
             return cls(ErrorDetails(message, "server_error", None, error.code.lower()))
         quoted = message.split("'", 2)  # our messages name the field first

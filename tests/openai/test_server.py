@@ -29,11 +29,11 @@ Start = Callable[..., Door]
 
 @pytest.fixture
 def start(tmp_path: Path, tiny_settings: dict[str, Any]) -> Iterator[Start]:
-    """Starts doors of the test's own: flags of the command, its environment. The sidecar of a namespace may linger."""
+    """Starts doors of the test's own: flags of the command, its environment."""
     started: list[Door] = []
 
-    def start(*flags: str, namespace: str = "own", **environment: str) -> Door:
-        started.append(Door(tmp_path, tiny_settings | {"namespace": namespace}, *flags, **environment))
+    def start(*flags: str, **environment: str) -> Door:
+        started.append(Door(tmp_path, tiny_settings | {"namespace": "own"}, *flags, **environment))
         return started[-1]
 
     yield start
@@ -171,7 +171,7 @@ def test_models_are_listed_by_each_name(start: Start) -> None:
 
 
 def test_before_the_engine_is_ready_requests_are_told_how_far_it_is(start: Start) -> None:
-    door = start(namespace="held back")
+    door = start()
     engine = eventually(lambda: engines(door))[0]
     engine.suspend()
     try:
