@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 
 # The largest sum that a one-shot all-reduce makes: beyond, reading every peer's whole tensor takes longer than a ring.
 ONE_SHOT_BYTES = 512 << 10
+_ONE_SHOT_DTYPES = (torch.bfloat16, torch.float32)  # that torch's kernel knows
 
 
 class TensorParallel:
@@ -41,7 +42,8 @@ class TensorParallel:
         """The sum of all ranks' ``x``, which may have been overwritten. Can be captured."""
         if self.size == 1:
             return x
-        if self._one_shot is not None and x.nbytes <= self._max_bytes and x.nbytes % 16 == 0:
+        fits = x.nbytes <= self._max_bytes and x.nbytes % 16 == 0 and x.dtype in _ONE_SHOT_DTYPES
+        if self._one_shot is not None and fits:
             return self._one_shot(x)
         assert self._group is not None
         self._group.allreduce([x]).wait()
@@ -88,7 +90,8 @@ def _one_shot(group: ProcessGroup, max_bytes: int) -> Callable[[Tensor], Tensor]
     symmetric.rendezvous(buffer, group.group_name)
 
     def all_reduce(x: Tensor) -> Tensor:
-        mine = buffer[: x.nbytes].view(x.dtype).view(x.shape)
-        return torch.ops.symm_mem.one_shot_all_reduce_copy(mine, x, "sum", group.group_name)
+        # torch's variant that copies within the kernel may tell peers of a block before all of its warps have written.
+        mine = buffer[: x.nbytes].view(x.dtype).view(x.shape).copy_(x)
+        return torch.ops.symm_mem.one_shot_all_reduce(mine, "sum", group.group_name)
 
     return all_reduce

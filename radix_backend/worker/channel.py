@@ -104,7 +104,8 @@ def _rank_of(frame: zmq.Frame) -> int:
     return int(frame["User-Id"])
 
 
-def connect(context: zmq.Context[zmq.Socket[bytes]], kind: int, address: str, door: Door) -> zmq.Socket[bytes]:
+def client(context: zmq.Context[zmq.Socket[bytes]], kind: int, door: Door) -> zmq.Socket[bytes]:
+    """Not connected yet."""
     socket = context.socket(kind)
     socket.curve_serverkey = door.server_key.encode()
     socket.curve_publickey = door.public_key.encode()
@@ -113,7 +114,6 @@ def connect(context: zmq.Context[zmq.Socket[bytes]], kind: int, address: str, do
     # By the library's own threads, which wait for no interpreter: a busy engine answers too.
     socket.setsockopt(zmq.HEARTBEAT_IVL, int(HEARTBEAT_SECONDS * 1000))
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(ENGINE_SILENCE_SECONDS * 1000))
-    socket.connect(address)
     return socket
 
 
@@ -122,9 +122,11 @@ class RemoteConnection:
 
     def __init__(self, door: Door) -> None:
         self._context = zmq.Context()
-        self._plans = connect(self._context, zmq.DEALER, door.plans, door)
+        self._plans = client(self._context, zmq.DEALER, door)
+        self._plans.connect(door.plans)
         self._plans.send(b"")  # from now on the engine knows the way here
-        self._reports = connect(self._context, zmq.PUSH, door.reports, door)
+        self._reports = client(self._context, zmq.PUSH, door)
+        self._reports.connect(door.reports)
 
     def recv_bytes(self) -> bytes:
         return self._plans.recv()
@@ -147,10 +149,11 @@ class Lifeline:
     def __init__(self, door: Door) -> None:
         """Raises EngineLost where the engine cannot be reached."""
         self._context = zmq.Context()
-        self._reports = connect(self._context, zmq.PUSH, door.reports, door)
+        self._reports = client(self._context, zmq.PUSH, door)
         self._address = door.reports
         self._linger = int(_FLUSH_SECONDS * 1000)
         self.monitor = self._reports.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        self._reports.connect(self._address)  # after: what happens at once is to be seen too
         if not self._connected():
             self._linger = 0
             self.close()

@@ -177,6 +177,7 @@ class CudaRunner:
             self._ranks.pipeline.drain(self._device)
         if self._cuda:
             torch.cuda.synchronize()
+            self._graphs = None  # NCCL does not let a communicator go that a graph still has in it
 
     # ── parts of a step ─────────────────────────────────────────────────────────────────────────────────────
 

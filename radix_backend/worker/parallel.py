@@ -130,14 +130,18 @@ class ParallelWorker:
 
     @contextlib.contextmanager
     def _blame(self) -> Iterator[None]:
-        """Inside, an error may come of another rank's end: the watch, which knows the reason, goes first."""
+        """Inside, an error may come of another rank's end: the watch, which knows the reason, goes first.
+
+        If it knows none, the error ends the process: by the usual way it would wait for collectives that never end.
+        """
         try:
             yield
         except RadixError:
             raise
-        except Exception:
+        except Exception as error:
             time.sleep(self._executor.notice_seconds)
-            raise
+            log.exception("rank 0 fails")
+            self._end(f"{type(error).__name__}: {error}")
 
     def _end(self, reason: str, status: int = _EXIT_LOST) -> None:
         log.error("%s", reason)

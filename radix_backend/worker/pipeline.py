@@ -34,12 +34,14 @@ class Link:
     """To or from one rank of another stage, in order."""
 
     def __init__(self, peer: int, group: dist.ProcessGroup, kept: int) -> None:
-        """``kept``: messages that may be under way; the sender waits for the one before them."""
+        """``kept``: messages that may be under way at most; the sender waits for the one before them."""
         self._peer, self._group, self._kept = peer, group, kept
         self._sent: deque[tuple[dist.Work, Tensor]] = deque()  # tensors live until they have arrived
 
     def send(self, x: Tensor) -> None:
         """Returns at once; nobody may write to ``x`` any more."""
+        while self._sent and self._sent[0][0].is_completed():
+            self._sent.popleft()
         work = dist.isend(x, self._peer, self._group)
         assert work is not None
         self._sent.append((work, x))

@@ -7,12 +7,13 @@ It takes step plans from the engine's process and executes them; of the results 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NoReturn, Protocol
@@ -26,7 +27,7 @@ from radix_backend.process import Reporter, die_with_parent, setup_logging
 from radix_backend.worker.channel import Door, RemoteConnection
 from radix_backend.worker.interface import Worker
 from radix_backend.worker.messages import RankFailed, RankProgress, RankResult, decode_plan, encode
-from radix_backend.worker.ranks import Meeting, Ranks, join
+from radix_backend.worker.ranks import Meeting, Ranks, join, use_gpu
 
 MakeRunner = Callable[[EngineConfig, Path, Reporter, Ranks], Worker]
 
@@ -97,26 +98,39 @@ def serve(spec: RankSpec, make_runner: MakeRunner) -> NoReturn:
     launched = threading.Semaphore(0)
 
     def settle() -> None:
-        try:
+        use_gpu(spec.config, ranks.gpu)  # a thread begins on the first
+        with _ending():
             while True:
                 launched.acquire()
                 result = runner.settle()
                 reporter.progress()
                 if reports:
                     reporter.send(RankResult(result))
-        except BaseException:
-            # Whoever waits for this rank has to know: a thread's end alone would be silence.
-            sys.excepthook(*sys.exc_info())
-            os._exit(1)
 
     threading.Thread(target=settle, name="settle", daemon=True).start()
-    while data := connection.recv_bytes():
-        runner.launch(decode_plan(data))
-        launched.release()
-    runner.close()
-    ranks.close()
+    with _ending():
+        while data := connection.recv_bytes():
+            runner.launch(decode_plan(data))
+            launched.release()
+        runner.close()
+        ranks.close()
+    raise AssertionError("the process has ended")
+
+
+@contextlib.contextmanager
+def _ending() -> Iterator[None]:
+    """The process ends when this does, in whatever thread, at once: whoever waits for this rank has to know.
+
+    Taking the interpreter down would wait for the other thread, and for collectives whose peers are gone.
+    """
+    try:
+        yield
+        status = 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        status = 1
     sys.stderr.flush()
-    os._exit(0)  # the other thread waits for a step that will not come
+    os._exit(status)
 
 
 def run(make_runner: MakeRunner) -> None:

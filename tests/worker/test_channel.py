@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import zmq
 
 from radix_backend.worker.agent import RankTask, attend
-from radix_backend.worker.channel import Door, EngineLost, Hub, Lifeline, RemoteConnection, connect
+from radix_backend.worker.channel import Door, EngineLost, Hub, Lifeline, RemoteConnection, client
 from radix_backend.worker.messages import RankAlive, RankLog, decode_from_rank
 from tests.triton.server import eventually
 
@@ -41,13 +42,13 @@ def test_a_stranger_gets_nothing_and_is_not_heard(hub: Hub) -> None:
     context: zmq.Context[Any] = zmq.Context()
     unknown = Door(door.plans, door.reports, door.server_key, public, secret)
     astray = Door(door.plans, door.reports, other, door.public_key, door.secret_key)
-    sockets = [connect(context, zmq.DEALER, door.plans, who) for who in (unknown, astray)]
-    sockets += [connect(context, zmq.PUSH, door.reports, who) for who in (unknown, astray)]
-    for kind, address in ((zmq.DEALER, door.plans), (zmq.PUSH, door.reports)):  # without any key
-        sockets.append(context.socket(kind))
-        sockets[-1].connect(address)
-    for socket in sockets:
-        socket.send(b"let me in")
+    sockets = []
+    for kind, address in ((zmq.DEALER, door.plans), (zmq.PUSH, door.reports)):
+        without_key = context.socket(kind)
+        for socket in (client(context, kind, unknown), client(context, kind, astray), without_key):
+            socket.connect(address)
+            socket.send(b"let me in")
+            sockets.append(socket)
     ranks = [RemoteConnection(hub.door(rank)) for rank in (1, 2)]
     hub.send(b"plan")
     assert [rank.recv_bytes() for rank in ranks] == [b"plan", b"plan"]
@@ -104,9 +105,22 @@ def test_an_agent_ends_its_rank_when_the_engine_is_gone(hub: Hub) -> None:
     agent.start()
     eventually(lambda: heard(hub))
     hub.close()
-    agent.join(5)
+    agent.join(30)
     (how,) = ends
     assert how == f"was ended: the engine at {task.door.reports} does not answer any more"
+
+
+def test_an_agent_that_is_slow_finds_the_engine_too(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection may be there before the agent goes on."""
+
+    def slowly(*arguments: Any) -> Any:
+        time.sleep(0.5)
+        return monitor(*arguments)
+
+    monitor = zmq.Socket.get_monitor_socket
+    monkeypatch.setattr(zmq.Socket, "get_monitor_socket", slowly)
+    monkeypatch.setattr("radix_backend.worker.channel._CONNECT_SECONDS", 5.0)
+    Lifeline(hub.door(1)).close()
 
 
 def test_an_agent_that_cannot_reach_the_engine_says_so(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
