@@ -28,6 +28,7 @@ targets:
   serve             a real tritonserver started for the purpose, over gRPC streams
   triton=HOST:PORT  a server that runs already: its gRPC port
   openai=URL        any server with OpenAI's API: streamed completions
+  offline@TPxPP     one of these two on several GPUs, tensor times pipeline parallel
   vllm=PYTHON       vLLM without its server, for comparisons: an interpreter that has it, and --shape or --model
 
 workloads: {workloads.ACCEPTED}
@@ -35,6 +36,7 @@ workloads: {workloads.ACCEPTED}
 examples:
   radix-backend bench --shape qwen3-0.6b --workloads seed:0,single       random weights, no download
   radix-backend bench --shape qwen3-0.6b --targets offline,serve --json figures.json --plots plots
+  radix-backend bench --shape qwen3-8b --targets offline,offline@2x1,offline@1x2 --workloads seed,single
   radix-backend bench --targets triton=127.0.0.1:8001 --workloads rate@20
   radix-backend bench --targets openai=http://127.0.0.1:8000/v1 --workloads prefixlong
 """
@@ -106,7 +108,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 for name, load in loads.items():
                     load.temperature = arguments.temperature
                     outcome = target.run(load)
-                    measured.append(figures(target.name, name, outcome, gpu_memory_mib()))
+                    measured.append(figures(target.name, name, outcome, gpu_memory_mib(), target.num_ranks))
                     outcomes[name][target.name] = outcome
                     print(table(measured[-1:]), file=sys.stderr, flush=True)
     print(table(measured))

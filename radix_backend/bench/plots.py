@@ -26,7 +26,7 @@ def plot(directory: Path, workload: str, outcomes: Mapping[str, Outcome]) -> Pat
     figure = Figure(figsize=(13, 4), layout="constrained")
     throughput, ttft, itl = figure.subplots(1, 3)
     figure.suptitle(workload)
-    rates = {target: figures(target, workload, outcome, None).tok_s for target, outcome in outcomes.items()}
+    rates = {target: figures(target, workload, outcome).tok_s for target, outcome in outcomes.items()}
     bars = throughput.bar(list(rates), list(rates.values()))
     throughput.bar_label(bars, fmt="{:,.0f}")
     throughput.set_title("throughput")

@@ -28,12 +28,15 @@ class Figures(msgspec.Struct):
     tokens_per_response: float
     cache_hit_rate: float | None  # share of prompt tokens; None where the target does not tell
     gpu_memory_mib: int | None
+    num_ranks: int | None  # that computed; None where the target does not tell
     cpu_seconds: dict[str, float]
     facts: dict[str, float]
     errors: list[str]  # the first of each kind
 
 
-def figures(target: str, workload: str, outcome: Outcome, gpu_memory_mib: int | None) -> Figures:
+def figures(
+    target: str, workload: str, outcome: Outcome, gpu_memory_mib: int | None = None, num_ranks: int | None = None
+) -> Figures:
     """Failed requests count for nothing but ``num_failed``."""
     good = [trace for trace in outcome.traces if not trace.error and trace.times]
     failed = [trace for trace in outcome.traces if trace not in good]
@@ -59,6 +62,7 @@ def figures(target: str, workload: str, outcome: Outcome, gpu_memory_mib: int | 
         tokens_per_response=round(tokens / sum(len(trace.times) for trace in good), 3) if good else 0.0,
         cache_hit_rate=round(sum(known) / prompts, 4) if known and len(known) == len(good) else None,
         gpu_memory_mib=gpu_memory_mib,
+        num_ranks=num_ranks,
         cpu_seconds=outcome.cpu_seconds,
         facts=outcome.facts,
         errors=sorted({trace.error or "no token came" for trace in failed})[:5],
@@ -96,10 +100,26 @@ def _ms(summary: dict[str, float], key: str) -> str:
     return f"{summary[key]:.2f}" if key in summary else ""
 
 
+def scaling(of: Figures, first: Figures) -> tuple[float, float | None]:
+    """How many times the throughput of another target, and that for each rank; None where ranks are not known."""
+    times = of.tok_s / first.tok_s if first.tok_s else 0.0
+    return times, times * first.num_ranks / of.num_ranks if first.num_ranks and of.num_ranks else None
+
+
 def table(all_figures: Sequence[Figures]) -> str:
-    """Times in milliseconds; CPU time and errors below, where there are any."""
+    """Times in milliseconds; CPU time and errors below, where there are any.
+
+    Where several targets had a workload, each is compared with the first of them: how many times its tok/s, and with
+    several ranks, what share of that times their number.
+    """
     rows = [[name for name, _ in _COLUMNS], *([show(each) for _, show in _COLUMNS] for each in all_figures)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
+    first: dict[str, Figures] = {}
+    compared = [scaling(each, first.setdefault(each.workload, each)) for each in all_figures]
+    if len(first) < len(all_figures):
+        rows[0] += ["x first", "efficiency"]
+        for row, (times, efficiency) in zip(rows[1:], compared, strict=True):
+            row += [f"{times:.2f}", "" if efficiency is None else f"{100 * efficiency:.0f} %"]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     for each in all_figures:
         name = f"{each.workload} {each.target}"

@@ -22,11 +22,15 @@ from radix_backend.load import Load, Outcome
 from radix_backend.validation import show
 
 _LEAD_SECONDS = 0.2  # between "go" and the start of a load: every generator must have heard
-ACCEPTED = "offline, serve, triton=HOST:PORT (of gRPC), openai=URL, vllm=PYTHON"
+ACCEPTED = "offline and serve, each with @TPxPP or without, triton=HOST:PORT (of gRPC), openai=URL, vllm=PYTHON"
 
 
 class Target(Protocol):
     name: str
+
+    @property
+    def num_ranks(self) -> int | None:
+        """That compute; None where that is not known."""
 
     def run(self, load: Load) -> Outcome: ...
 
@@ -40,10 +44,11 @@ class Target(Protocol):
 def make_target(text: str, settings: Mapping[str, str], model: str, num_clients: int) -> Target:
     """Of `ACCEPTED`. Raises InvalidArgument."""
     kind, _, url = text.partition("=")
-    if text == "offline":
-        return Offline(settings)
-    if text == "serve":
-        return OwnServer(settings, num_clients)
+    ours, *layout = text.split("@")
+    if ours in ("offline", "serve") and len(layout) <= 1:
+        settings = {**settings, **_sizes(*layout)}
+        name = "@".join(["triton" if ours == "serve" else ours, *layout])
+        return Offline(name, settings) if ours == "offline" else OwnServer(name, settings, num_clients)
     if kind == "triton" and url:
         return RunningServer(kind, url, model or MODEL, num_clients)
     if kind == "openai" and url:
@@ -53,12 +58,21 @@ def make_target(text: str, settings: Mapping[str, str], model: str, num_clients:
     raise InvalidArgument(f"target {show(text)}; accepted: {ACCEPTED}")
 
 
+def _sizes(layout: str = "") -> dict[str, str]:
+    """Settings for "2x1": `tp_size` and `pp_size`. Raises InvalidArgument."""
+    if not layout:
+        return {}
+    tp_size, _, pp_size = layout.partition("x")
+    if not (tp_size.isdecimal() and pp_size.isdecimal()):
+        raise InvalidArgument(f"layout {show(layout)}; accepted: TPxPP, such as 2x1")
+    return {"tp_size": tp_size, "pp_size": pp_size}
+
+
 class _InProcess:
     """An engine without doors, in a process of its own."""
 
-    name = ""
-
-    def __init__(self, command: list[str]) -> None:
+    def __init__(self, name: str, num_ranks: int, command: list[str]) -> None:
+        self.name, self.num_ranks = name, num_ranks
         self._engine = _Talker(command)
 
     def run(self, load: Load) -> Outcome:
@@ -75,9 +89,7 @@ class _InProcess:
 class Offline(_InProcess):
     """Ours."""
 
-    name = "offline"
-
-    def __init__(self, settings: Mapping[str, str]) -> None:
+    def __init__(self, name: str, settings: Mapping[str, str]) -> None:
         config = EngineConfig.parse(settings)
         python = config.engine_python or sys.executable
         with tempfile.NamedTemporaryFile(suffix=".json") as file:
@@ -87,25 +99,27 @@ class Offline(_InProcess):
         if loaded.returncode:
             raise Unavailable(f"the model {config.model!r} cannot be loaded; the reason is above")
         model_dir = loaded.stdout.splitlines()[-1]
-        super().__init__([python, "-m", "radix_backend.engine.offline", _json(settings), model_dir])
+        command = [python, "-m", "radix_backend.engine.offline", _json(settings), model_dir]
+        super().__init__(name, config.num_ranks, command)
 
 
 class Vllm(_InProcess):
     """vLLM, by an interpreter that has it. Of the settings it gets model, dtype, context_len and load_format."""
 
-    name = "vllm"
-
     def __init__(self, python: str, settings: Mapping[str, str]) -> None:
         if "model" not in settings:
             raise InvalidArgument("target 'vllm' needs --shape or --model")
-        super().__init__([python, "-m", "radix_backend.bench.vllm_engine", _json(settings), settings["model"]])
+        command = [python, "-m", "radix_backend.bench.vllm_engine", _json(settings), settings["model"]]
+        super().__init__("vllm", 1, command)
 
 
 class RunningServer:
     """Clients in several processes, so that what is measured is not the client's Python."""
 
+    num_ranks = None
+
     def __init__(self, kind: str, url: str, model: str, num_clients: int) -> None:
-        self.name = f"{kind}"
+        self.name = kind
         command = [sys.executable, "-m", "radix_backend.bench.generator", kind, url, model]
         self._clients = [_Talker(command) for _ in range(num_clients)]
 
@@ -136,9 +150,8 @@ class RunningServer:
 class OwnServer:
     """`radix-backend serve` with these settings, through its gRPC port."""
 
-    name = "triton"
-
-    def __init__(self, settings: Mapping[str, str], num_clients: int) -> None:
+    def __init__(self, name: str, settings: Mapping[str, str], num_clients: int) -> None:
+        self.name, self.num_ranks = name, EngineConfig.parse(settings).num_ranks
         with ExitStack() as opened:
             # A sidecar of its own, whatever else runs here. Sockets' paths are short: not below a long TMPDIR.
             runtime = opened.enter_context(tempfile.TemporaryDirectory(prefix="radix-", dir="/tmp"))

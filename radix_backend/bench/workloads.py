@@ -79,21 +79,23 @@ WORKLOADS: dict[str, Callable[[int], Load]] = {
     "single": single,
     "multi-turn": multi_turn,
 }
-ACCEPTED = f"{', '.join(WORKLOADS)}, each with :NUMBER or without, and rate@REQUESTS_A_SECOND"
+ACCEPTED = f"{', '.join(WORKLOADS)}, seed@REQUESTS, each with :NUMBER or without, and rate@REQUESTS_A_SECOND"
 
 
 def workload(name: str) -> Load:
-    """Of "seed:1" or "rate@20:1": the number is where its randomness starts from (0 if left out).
+    """Of "seed:1", "seed@512" or "rate@20:1": the number is where its randomness starts from (0 if left out).
 
     Raises InvalidArgument.
     """
     kind, _, number = name.partition(":")
-    kind, at, per_second = kind.partition("@")
+    kind, at, many = kind.partition("@")
     if (number or "0").isdecimal():
         start = int(number or 0)
         if kind in WORKLOADS and not at:
             return WORKLOADS[kind](start)
-        if kind == "rate" and (speed := _positive(per_second)):
+        if kind == "seed" and many.isdecimal() and int(many):
+            return seed(start + 1_000_000 * int(many), int(many))  # whose prompts no other workload has cached
+        if kind == "rate" and (speed := _positive(many)):
             return rate(start, speed)
     raise InvalidArgument(f"workload {show(name)}; accepted: {ACCEPTED}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from radix_backend.bench.shapes import write_model
 from tests.openai.door import serving
 
 TINY = ("--shape", "tiny", "--dtype", "float32", "--kv-cache-memory", "128MiB", "--max-bs", "16")
+SCALING = Path(__file__).parents[2] / "script" / "gpu-scaling"
 
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -45,6 +47,24 @@ def test_the_engine_alone_generates_every_token_and_conversations_hit_the_cache(
     assert 0.7 < talk["cache_hit_rate"] < 1
 
 
+def test_a_script_compares_layouts(tmp_path: Path) -> None:
+    """It is for GPUs; ranks of a CPU are slower than one."""
+    file = tmp_path / "figures.json"
+    arguments = ["--device", "cpu", "--workloads", "single", "--json", str(file), *TINY[2:]]
+    environment = os.environ | {"PYTHON": sys.executable, "LAYOUTS": "1x1 2x1 1x2"}
+    subprocess.run([SCALING, "speed", "tiny", *arguments], env=environment, timeout=600, check=True)
+    figures = json.loads(file.read_text())["figures"]
+    layouts = [("offline@1x1", 1), ("offline@2x1", 2), ("offline@1x2", 2)]
+    assert [(each["target"], each["num_ranks"]) for each in figures] == layouts
+    assert all(each["num_output_tokens"] == 512 for each in figures)
+
+
+def test_the_script_says_what_it_does() -> None:
+    done = subprocess.run([SCALING], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "speed SHAPE" in done.stderr
+
+
 @pytest.mark.server
 def test_through_triton_the_same_tokens_come_from_several_client_processes(
     tmp_path: Path, alone: list[dict[str, Any]]
@@ -73,6 +93,8 @@ def test_through_openai_s_api_the_same_tokens_come(tmp_path: Path) -> None:
     [
         (["--workloads", "nope"], "workload 'nope'; accepted: seed"),
         (["--targets", "nope"], "target 'nope'; accepted: offline"),
+        (["--targets", "offline@two"], "layout 'two'; accepted: TPxPP, such as 2x1"),
+        (["--targets", "offline@0x1"], "setting 'tp_size' is '0'; accepted: int >= 1"),
         (["--clients", "0"], "--clients is 0; accepted: 1 or more"),
         (["--max-bs", "0"], "setting 'max_bs' is '0'; accepted: int >= 1"),
     ],

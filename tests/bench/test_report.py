@@ -14,7 +14,7 @@ TRACES = [
 
 
 def test_figures_are_those_of_requests_that_did_not_fail() -> None:
-    found = figures("offline", "seed", Outcome(TRACES), None)
+    found = figures("offline", "seed", Outcome(TRACES))
     assert (found.num_requests, found.num_failed, found.errors) == (3, 1, ["HTTP 500"])
     assert (found.num_output_tokens, found.seconds, found.tok_s) == (7, 2.0, 3.5)
     assert found.ttft_ms == pytest.approx({"mean": 300, "p50": 300, "p99": 496})
@@ -26,13 +26,24 @@ def test_figures_are_those_of_requests_that_did_not_fail() -> None:
 
 def test_a_cache_hit_rate_that_not_every_answer_tells_is_not_given() -> None:
     silent = Trace(sent=0.0, times=[1.0], num_tokens=1, num_prompt_tokens=10)
-    assert figures("openai", "seed", Outcome([*TRACES[:2], silent]), None).cache_hit_rate is None
+    assert figures("openai", "seed", Outcome([*TRACES[:2], silent])).cache_hit_rate is None
 
 
 def test_a_target_where_everything_failed_still_has_a_row_with_the_reason() -> None:
-    text = table([figures("openai", "seed", Outcome([TRACES[2]]), None)])
+    text = table([figures("openai", "seed", Outcome([TRACES[2]]))])
     assert "seed" in text
     assert "HTTP 500" in text
+
+
+def test_targets_of_one_workload_are_compared_with_the_first() -> None:
+    slow, fast = ([Trace(sent=0.0, times=[seconds], num_tokens=30, num_prompt_tokens=1)] for seconds in (3.0, 2.0))
+    one = figures("offline", "seed", Outcome(slow), num_ranks=1)
+    two = figures("offline@2x1", "seed", Outcome(fast), num_ranks=2)
+    other = figures("openai", "seed", Outcome(fast))
+    head, *rows = (line.split() for line in table([one, two, other]).splitlines())
+    assert head[-3:] == ["x", "first", "efficiency"]
+    assert [row[-3:] for row in rows] == [["1.00", "100", "%"], ["1.50", "75", "%"], ["30", "0", "1.50"]]
+    assert "first" not in table([one, figures("offline", "single", Outcome(slow))])
 
 
 def test_plots_are_png_files(tmp_path: Path) -> None:

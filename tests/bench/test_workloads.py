@@ -18,6 +18,13 @@ def test_a_workload_without_a_number_is_number_0() -> None:
     assert workload("prefix") == workload("prefix:0") != workload("prefix:1")
 
 
+def test_seed_of_more_requests_asks_for_lengths_like_seeds_and_for_no_prompt_of_it() -> None:
+    many = [session.turns[0] for session in workload("seed@512").sessions]
+    assert all(100 <= length <= 1024 for turn in many for length in (len(turn.tokens), turn.num_outputs))
+    few = [session.turns[0] for session in workload("seed").sessions]
+    assert len({tuple(turn.tokens[:16]) for turn in many + few}) == 512 + 256
+
+
 def test_groups_of_prefix_share_exactly_their_prefix() -> None:
     prompts = [session.turns[0].tokens for session in workload("prefix").sessions]
     assert len(prompts) == 256
@@ -39,7 +46,9 @@ def test_rate_asks_for_lengths_like_seeds_over_time_and_for_no_prompt_twice() ->
     assert 256 / 20 / 2 < arrivals[-1] < 256 / 20 * 2
 
 
-@pytest.mark.parametrize("name", ["nope", "seed:x", "seed@3", "rate", "rate@0", "rate@x", "rate@inf", "single:-1"])
+@pytest.mark.parametrize(
+    "name", ["nope", "seed:x", "seed@", "seed@0", "prefix@3", "rate", "rate@0", "rate@x", "rate@inf", "single:-1"]
+)
 def test_an_unknown_workload_is_refused_with_what_is_accepted(name: str) -> None:
     with pytest.raises(InvalidArgument, match="accepted: seed, prefix"):
         workload(name)
