@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,7 @@ class TensorParallel:
 
     def __init__(self, rank: int = 0, size: int = 1, group: ProcessGroup | None = None) -> None:
         self.rank, self.size, self._group = rank, size, group
-        self._one_shot: Callable[[Tensor], Tensor] | None = None
-        self._max_bytes = 0
+        self._buffer: Tensor | None = None  # which all ranks read; uint8
 
     def use_one_shot(self, max_bytes: int = ONE_SHOT_BYTES) -> None:
         """From now on make sums of up to ``max_bytes`` on CUDA in one kernel.
@@ -32,22 +31,36 @@ class TensorParallel:
         Raises RuntimeError where GPUs cannot read each other.
         """
         assert self._group is not None
-        self._one_shot, self._max_bytes = _one_shot(self._group, max_bytes), max_bytes
+        self._buffer = _shared_buffer(self._group, max_bytes)
 
     def use_nccl(self) -> None:
         """From now on make all sums through the group."""
-        self._one_shot = None
+        self._buffer = None
+
+    def addend(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        """Where a rank may put its part of a sum so that `all_reduce` need not copy it, until the next sum.
+
+        None where sums of that size are not made so.
+        """
+        size = math.prod(shape) * dtype.itemsize
+        if self._buffer is None or size > len(self._buffer) or size % 16 or dtype not in _ONE_SHOT_DTYPES:
+            return None
+        return self._buffer[:size].view(dtype).view(shape)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of all ranks' ``x``, which may have been overwritten. Can be captured."""
-        if self.size == 1:
+        if self.size == 1 or not x.numel():
             return x
-        fits = x.nbytes <= self._max_bytes and x.nbytes % 16 == 0 and x.dtype in _ONE_SHOT_DTYPES
-        if self._one_shot is not None and fits:
-            return self._one_shot(x)
         assert self._group is not None
-        self._group.allreduce([x]).wait()
-        return x
+        addend = self.addend(tuple(x.shape), x.dtype)
+        if addend is None:
+            self._group.allreduce([x]).wait()
+            return x
+        if addend.data_ptr() != x.data_ptr():
+            addend.copy_(x)
+        # Each rank adds up all ranks' buffers in the order of ranks, and returns when all have. (torch's variant that
+        # copies in the same kernel may tell peers of a block before all of its warps have written.)
+        return torch.ops.symm_mem.one_shot_all_reduce(addend, "sum", self._group.group_name)
 
     def all_gather(self, x: Tensor) -> Tensor:
         """[size, …] of all ranks' ``x`` […], which must be contiguous. Can be captured."""
@@ -80,18 +93,12 @@ class TensorParallel:
 ALONE = TensorParallel()
 
 
-def _one_shot(group: ProcessGroup, max_bytes: int) -> Callable[[Tensor], Tensor]:
-    """Each rank reads all ranks' buffers over NVLink and adds them up in the order of ranks."""
+def _shared_buffer(group: ProcessGroup, size: int) -> Tensor:
+    """[bytes] on this rank's GPU, which the others read over NVLink."""
     os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
     import torch.distributed._symmetric_memory as symmetric
 
     device = torch.device("cuda", torch.cuda.current_device())
-    buffer = symmetric.empty(max_bytes, dtype=torch.uint8, device=device)
+    buffer = symmetric.empty(size, dtype=torch.uint8, device=device)
     symmetric.rendezvous(buffer, group.group_name)
-
-    def all_reduce(x: Tensor) -> Tensor:
-        # torch's variant that copies within the kernel may tell peers of a block before all of its warps have written.
-        mine = buffer[: x.nbytes].view(x.dtype).view(x.shape).copy_(x)
-        return torch.ops.symm_mem.one_shot_all_reduce(mine, "sum", group.group_name)
-
-    return all_reduce
+    return buffer

@@ -101,9 +101,9 @@ class Decoder:
             attended = attend(index, heads, layer.qk_norm)
             if rows is not None and index == len(self._layers) - 1:
                 attended, residual = attended[rows], residual[rows]
-            delta = self._tp.all_reduce(layer.output(attended))
+            delta = self._sum_of_products(attended, layer.output)
             x = ops.add_rms_norm(residual, delta, layer.mlp_norm, eps)
-            delta = self._tp.all_reduce(layer.down(ops.silu_mul(layer.gate_up(x))))
+            delta = self._sum_of_products(ops.silu_mul(layer.gate_up(x)), layer.down)
         assert delta is not None
         return Hidden(residual, delta)
 
@@ -131,7 +131,12 @@ class Decoder:
         if self._tp.size == 1:
             few.add_product(residual, x, linear)
         else:
-            residual += self._tp.all_reduce(linear(x))
+            residual += self._sum_of_products(x, linear)
+
+    def _sum_of_products(self, x: Tensor, linear: Linear) -> Tensor:
+        """[tokens, hidden] over all ranks, each of which has a part of the inputs."""
+        addend = self._tp.addend((len(x), self.config.hidden_size), x.dtype) if linear.bias is None else None
+        return self._tp.all_reduce(linear(x, addend))
 
     def logits(self, hidden: Hidden, rows: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """[rows, vocabulary] of the tokens that follow those whose indices are ``rows`` [rows]; None: all of them.
