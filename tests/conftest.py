@@ -27,7 +27,7 @@ def runtime_dir() -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_RUNTIME_DIR", os.fspath(directory))
         yield directory
-    shutil.rmtree(directory)
+    shutil.rmtree(directory, ignore_errors=True)  # sidecars on their way out remove files of it too
 
 
 @pytest.fixture(scope="session")

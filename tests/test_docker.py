@@ -162,7 +162,7 @@ def test_an_engine_of_its_own_is_found_by_openai_s_api_and_chat(
 
 def test_other_commands_are_healthy_while_they_run(prefix: Path, container: Callable[..., Container]) -> None:
     talk = container("chat", "http://127.0.0.1:1/v1", "--served-model=none")
-    eventually(lambda: str(prefix / "server" / "bin" / "radix-backend") in talk.process.cmdline(), 10)
+    eventually(lambda: str(prefix / "server" / "bin" / "radix-backend") in talk.process.cmdline(), 60)
     talk.process.suspend()
     assert talk.ailment() == ""
     talk.process.kill()

@@ -100,7 +100,7 @@ def test_serves_until_a_signal_and_leaves_nothing(serve: Callable[..., Command],
     assert len(everything) >= 6
     command.process.send_signal(number)
     assert command.process.wait(30) == 0
-    eventually(lambda: gone(everything), 10)
+    eventually(lambda: gone(everything))
 
 
 @pytest.mark.server
@@ -116,7 +116,7 @@ def test_signal_ends_streams_that_would_go_on_and_leaves_nothing(serve: Callable
         assert not stream.receive().final
         command.process.terminate()
         assert command.process.wait(30) == 0
-    eventually(lambda: gone(everything), 10)
+    eventually(lambda: gone(everything))
     assert memory
     assert not [path for path in memory if path.exists()]
 
@@ -172,7 +172,7 @@ def test_death_of_the_server_is_told(serve: Callable[..., Command]) -> None:
     triton.kill()
     assert command.process.wait(30) == 128 + signal.SIGKILL
     assert "tritonserver was killed by SIGKILL; its log is " in command.said
-    eventually(lambda: gone(everything), 10)
+    eventually(lambda: gone(everything))
 
 
 @pytest.mark.server

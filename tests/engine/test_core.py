@@ -80,7 +80,7 @@ def gateway(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Gateway]
     config = EngineConfig(max_bs=4, max_batched_tokens=32, page_size=4, disable_async_scheduling=request.param)
     address = f"ipc://{tmp_path}/engine.sock"
     context, socket = bind(address)
-    core = EngineCore(config, SimWorker(64, 4, 4), socket, Reporter())
+    core = EngineCore(config, SimWorker(1024, 4, 4), socket, Reporter())
     thread = threading.Thread(target=core.run, daemon=True)
     thread.start()
     gateway = Gateway(address)
@@ -104,8 +104,8 @@ def test_requests_stream_and_leave_nothing_behind(gateway: Gateway) -> None:
 
 
 def test_stop_is_answered_and_abort_is_silent(gateway: Gateway) -> None:
-    gateway.admit(1, [1, 2, 3], max_tokens=150)
-    gateway.admit(2, [4, 5, 6], max_tokens=150)
+    gateway.admit(1, [1, 2, 3], max_tokens=1900)  # more than is generated until the last message is sent
+    gateway.admit(2, [4, 5, 6], max_tokens=1900)
     gateway.send(Finish([1], ABORT))
     gateway.send(Finish([2], STOP))
     gateway.send(Finish([77], ABORT))  # unknown: it may just have ended
@@ -121,7 +121,7 @@ def test_stop_is_answered_and_abort_is_silent(gateway: Gateway) -> None:
 
 
 def test_a_prompt_that_can_never_run_is_rejected(gateway: Gateway) -> None:
-    gateway.admit(1, [0] * 256, max_tokens=1)
+    gateway.admit(1, [0] * 4096, max_tokens=1)
     answer = gateway.receive()
     assert isinstance(answer, EngineRejected)
     assert (answer.id, answer.code) == (1, "INVALID_ARG")

@@ -37,8 +37,9 @@ def test_logits_equal_transformers(tmp_path, kind, seed, ops):
     tokens = torch.randint(0, VOCAB, (100,), generator=torch.Generator().manual_seed(seed)).tolist()
     with torch.inference_mode():
         expected = load_reference(directory)(torch.tensor([tokens])).logits[0]
-    # f32 sums in another order. Against f64, transformers' own error is up to 7e-6 of the largest logit, ours 1.1e-5.
-    tolerance = 2e-5 * float(expected.abs().max())
+    # f32 sums in another order. Against f64, transformers' own error is up to 7e-6 of the largest logit, ours 1.1e-5:
+    # here, and on other processors not the same.
+    tolerance = 4e-5 * float(expected.abs().max())
     torch.testing.assert_close(logits(directory, tokens, ops=ops), expected, rtol=0, atol=tolerance)
 
 

@@ -13,7 +13,7 @@ from tests.openai.door import Door, serving
 @pytest.fixture(scope="session")
 def tiny_settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Of a small random model that never stops by itself; f32: its streams are the same in every batch."""
-    model = save_tiny(tmp_path_factory.mktemp("tiny") / "tiny", max_position_embeddings=8192)
+    model = save_tiny(tmp_path_factory.mktemp("tiny") / "tiny", max_position_embeddings=32_768)
     return {"model": str(model), "dtype": "float32", "kv_cache_memory": "64MiB"}
 
 

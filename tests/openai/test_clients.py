@@ -21,7 +21,7 @@ from tests.openai.test_chat import MESSAGES
 from tests.openai.test_completions import PLAIN
 from tests.triton.server import eventually
 
-ENDLESS = {"prompt": "a long story", "temperature": 0, "ignore_eos": True, "max_tokens": 8000}
+ENDLESS = {"prompt": "a long story", "temperature": 0, "ignore_eos": True, "max_tokens": 32_000}
 
 
 def ask(door: Door, id: str = "", **fields: Any) -> http.client.HTTPConnection:
@@ -62,10 +62,10 @@ def test_a_client_that_leaves_during_its_upload_is_a_line_in_the_log(door: Door)
 
 def test_a_client_that_leaves_is_cancelled_in_the_queue_too(tmp_path: Path, tiny_settings: dict[str, Any]) -> None:
     with serving(tmp_path, tiny_settings | {"max_bs": 1, "max_queue_size": 2}) as door, door.engine() as engine:
-        clients = []
-        for number in range(3):
-            clients.append(ask(door, prompt=f"{number}", stream=True))
-            eventually(lambda number=number: running(engine) == (1, number))
+        clients = [ask(door, prompt="0", stream=True)]
+        eventually(lambda: running(engine) == (1, 0))
+        clients += (ask(door, prompt=f"{number}", stream=True) for number in (1, 2))
+        eventually(lambda: running(engine) == (1, 2))
         for stream in (False, True):
             refused = door.post("/v1/completions", ENDLESS | {"stream": stream})
             assert (refused.status, refused.error["code"]) == (503, "unavailable")
@@ -89,7 +89,7 @@ def test_the_largest_request_leaves_at_once_with_its_client(door: Door, engine: 
         connection.close()
         started = time.monotonic()
         assert door.post("/v1/completions", prompt="another", **PLAIN).status == 200
-        assert time.monotonic() - started < 15
+        assert time.monotonic() - started < 60
         eventually(lambda: idle(engine))
 
 
@@ -97,7 +97,7 @@ def test_the_queue_is_served_by_priority(tmp_path: Path, tiny_settings: dict[str
     with serving(tmp_path, tiny_settings | {"max_bs": 1}) as door, door.engine() as engine:
         clients = []
         for number, (id, priority) in enumerate((("first", 0), ("late", 20), ("early", -20))):
-            limit = 100 if number else 8000
+            limit = 100 if number else ENDLESS["max_tokens"]
             clients.append(ask(door, id, prompt=f"{number}", max_tokens=limit, priority=priority))
             eventually(lambda number=number: running(engine) == (1, number))
         clients[0].close()
@@ -115,8 +115,9 @@ def test_a_client_that_does_not_read_holds_up_nobody_and_loses_nothing(
     alone = door.post("/v1/completions", prompt="another", **PLAIN).json["choices"]
     # A long name, which each event repeats, makes the answer larger than what sockets hold. The engine is the same.
     with serving(tmp_path, tiny_settings, f"--served-model-name={'m' * 4000}") as verbose:
+        generated = engine.stats()["generation_tokens_total"]
         unread = ask(verbose, **fields, stream=True)
-        eventually(lambda: running(engine)[0] == 1)
+        eventually(lambda: engine.stats()["generation_tokens_total"] > generated)
         assert verbose.post("/v1/completions", prompt="another", **PLAIN).json["choices"] == alone
         eventually(lambda: idle(engine), 120)
         unread.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)  # as `ask` left it, reading takes minutes

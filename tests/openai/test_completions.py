@@ -159,7 +159,7 @@ def test_token_ids_and_prompt_logprobs_come_where_they_are_asked_for(door: Door,
 
 def test_tokenize_and_detokenize(door: Door, engine: EngineClient) -> None:
     answer = door.post("/tokenize", prompt="to be").json
-    assert answer == {"count": 5, "max_model_len": 8192, "tokens": engine.tokenize("to be")}
+    assert answer == {"count": 5, "max_model_len": 32_768, "tokens": engine.tokenize("to be")}
     assert door.post("/detokenize", tokens=answer["tokens"]).json == {"prompt": "to be"}
     messages = [{"role": "user", "content": "hi"}]
     tokens = door.post("/tokenize", messages=messages).json["tokens"]

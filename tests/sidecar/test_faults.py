@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from radix_backend.errors import InvalidArgument, Unavailable
 from radix_backend.sampling_params import SamplingParams
 from tests.sidecar.sinks import Recorder
 from tests.sidecar.world import PATIENCE, World, eventually
+from tests.triton.server import gone
 
 LONG = SamplingParams(max_tokens=1_000_000)
 
@@ -62,7 +64,8 @@ def test_clients_learn_of_a_death_even_if_the_supervisor_dies_with_everything(wo
     client = world.client()
     sink = running(client)
     for process in world.alive():
-        process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # it may have died with another
+            process.kill()
     assert isinstance(sink.end(), Unavailable)
     client.wait_ready(PATIENCE)
 
@@ -137,13 +140,13 @@ def test_a_bug_is_retried_with_growing_patience_and_its_last_words_are_told(worl
 
 
 def test_a_stuck_process_shows_its_stacks_and_is_replaced(world: World) -> None:
-    world.hang_after(3)
+    world.hang_after(8)
     logs: list[str] = []
     client = world.client(on_log=lambda level, source, line: logs.append(line))
     sink = running(client)
     world.misbehave("engine-hangs")
     error = sink.end()
-    assert "engine made no progress for 3 s" in str(error)
+    assert "engine made no progress for 8 s" in str(error)
     world.behave("engine-hangs")
     client.wait_ready(PATIENCE)
     assert any("engine.py" in line and "line" in line for line in logs)
@@ -156,7 +159,7 @@ def test_an_orphaned_client_is_killed_and_with_it_goes_the_sidecar(world: World)
     assert parent.stdout.readline() == "ready\n"
     (orphan,) = psutil.Process(parent.pid).children()
     parent.kill()
-    eventually(lambda: not orphan.is_running() or orphan.status() == psutil.STATUS_ZOMBIE)
+    eventually(lambda: gone([orphan]))
     eventually(world.gone)
 
 

@@ -19,7 +19,7 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_stuck_engine_is_unhealthy_long_before_it_is_replaced_and_healthy_when_it_goes_on(world: World) -> None:
     client = world.client()
-    assert client.ailment == ""
+    eventually(lambda: client.ailment == "")
     world.misbehave("engine-hangs")
     assert eventually(lambda: client.ailment).startswith("the engine has made no progress for ")
     assert client.status.state == "ready"
@@ -40,7 +40,9 @@ def test_a_stopped_supervisor_is_no_sign_of_health(world: World) -> None:
 
 def test_an_engine_that_starts_again_is_unhealthy_until_it_is_ready(world: World) -> None:
     client = world.client()
+    world.misbehave("engine-loads")
     psutil.Process(world.started("engine")[-1]).kill()
     assert eventually(lambda: client.ailment).startswith("the engine is ")
+    world.behave("engine-loads")
     client.wait_ready(PATIENCE)
     eventually(lambda: client.ailment == "")

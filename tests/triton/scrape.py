@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import time
 import urllib.request
 from collections.abc import Mapping
 
-from tests.triton.server import TritonServer
+from radix_backend.metrics.publisher import PUSH_SECONDS
+from tests.triton.server import TritonServer, eventually
 
 _SERIES = re.compile(r"^([\w:]+)\{(.*)\} (\S+)$")
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
@@ -42,3 +44,17 @@ class Metrics:
 
     def since(self, before: Metrics, name: str, **labels: str) -> float:
         return self.get(name, **labels) - before.get(name, **labels)
+
+
+def settled(server: TritonServer) -> Metrics:
+    """A scrape after which an idle server's figures no longer change."""
+    last = Metrics(server)
+
+    def unchanged() -> Metrics | None:
+        nonlocal last
+        for _ in range(25):  # the engine's figures are one push old; a machine that stalls does so in one of the naps
+            time.sleep(PUSH_SECONDS / 10)
+        last, before = Metrics(server), last
+        return last if sorted(map(repr, last.series)) == sorted(map(repr, before.series)) else None
+
+    return eventually(unchanged)

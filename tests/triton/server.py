@@ -160,8 +160,26 @@ def shared_memory_of(process: psutil.Process) -> set[Path]:
     return {Path(line[line.index("/dev/shm/") :]) for line in lines if "/dev/shm/" in line}
 
 
+def alive(process: psutil.Process) -> bool:
+    """Whether it runs: one that has ended does not, be it that its parent knows or not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def gone(processes: list[psutil.Process]) -> bool:
-    return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
+    return not any(alive(process) for process in processes)
+
+
+@contextmanager
+def stopped(*processes: psutil.Process) -> Iterator[None]:
+    """Inside, they stand still; the last one is the first to go on."""
+    with contextlib.ExitStack() as stack:
+        for process in processes:
+            process.suspend()
+            stack.callback(process.resume)
+        yield
 
 
 @contextmanager

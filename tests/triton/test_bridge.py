@@ -59,7 +59,7 @@ class Wire:
 
     def send(self, tensors: list[tuple[str, Any]], final: bool) -> None:
         if self.gate is not None:
-            assert self.gate.wait(10)
+            assert self.gate.wait(60)
         if self.broken:
             raise RuntimeError("Failed to increase the shared memory pool size")
         self.sent.append((tensors[0][1][0].decode(), final))

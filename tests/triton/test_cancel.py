@@ -30,7 +30,7 @@ def test_grpc_cancel_frees_pages(server: TritonServer, engine: EngineClient) -> 
     next(responses)
     assert leased(engine) > 0
     responses.close()
-    eventually(lambda: idle(engine), seconds=5)
+    eventually(lambda: idle(engine))
 
 
 def test_http_disconnect_frees_pages(server: TritonServer, engine: EngineClient) -> None:
@@ -42,7 +42,7 @@ def test_http_disconnect_frees_pages(server: TritonServer, engine: EngineClient)
     assert leased(engine) > 0
     response.close()
     connection.close()
-    eventually(lambda: idle(engine), seconds=5)
+    eventually(lambda: idle(engine))
 
 
 def test_cancel_of_one_request_leaves_others_running(server: TritonServer, engine: EngineClient) -> None:
@@ -54,7 +54,7 @@ def test_cancel_of_one_request_leaves_others_running(server: TritonServer, engin
         cancelled.close()
         while not other.receive().final:
             pass
-    eventually(lambda: idle(engine), seconds=5)
+    eventually(lambda: idle(engine))
 
 
 def test_cancel_while_queued(server: TritonServer, engine: EngineClient) -> None:
@@ -70,5 +70,5 @@ def test_cancel_while_queued(server: TritonServer, engine: EngineClient) -> None
         with Stream(server.grpc) as queued:
             queued.submit(text_input="queued", sampling_parameters=LONG)
             eventually(lambda: present() == first + 1)
-        eventually(lambda: present() == first, seconds=5)
-    eventually(lambda: idle(engine), seconds=5)
+        eventually(lambda: present() == first)
+    eventually(lambda: idle(engine))

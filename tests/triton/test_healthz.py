@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import pytest
 from radix_backend.config import EngineConfig
 from radix_backend.sidecar.runtime import RunDir
 from tests.triton.requests import GREEDY, Stream
-from tests.triton.server import START_SECONDS, eventually, free_ports, gone
+from tests.triton.server import START_SECONDS, alive, eventually, free_ports, gone, stopped
 from tests.triton.tiny_server import settings, tiny_model  # noqa: F401
 
 pytestmark = pytest.mark.server
@@ -67,7 +66,7 @@ class Serve:
 
     def stubs(self) -> list[psutil.Process]:
         """The living ones: the server need not reap a dead one soon."""
-        return [child for child in self.server().children() if child.status() != psutil.STATUS_ZOMBIE]
+        return [child for child in self.server().children() if alive(child)]
 
     def engine(self) -> psutil.Process:
         supervisor = psutil.Process(RunDir.of(self.config).owner_pid())
@@ -84,15 +83,6 @@ def serve(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterato
     finally:
         serve.process.terminate()
         serve.process.wait(30)
-
-
-@contextlib.contextmanager
-def stopped(process: psutil.Process) -> Iterator[None]:
-    process.suspend()
-    try:
-        yield
-    finally:
-        process.resume()
 
 
 def test_a_server_that_hangs_is_told(serve: Serve) -> None:
@@ -112,13 +102,13 @@ def test_an_engine_that_hangs_is_told_before_it_is_replaced(serve: Serve) -> Non
 def test_a_killed_engine_is_told_until_it_is_back(serve: Serve) -> None:
     serve.engine().kill()
     eventually(lambda: serve.ill("the engine is "))
-    eventually(serve.healthy)
+    eventually(serve.healthy, START_SECONDS)
 
 
 def test_a_killed_stub_is_mended_while_everything_else_goes_on(serve: Serve) -> None:
     server, (stub,), engine = serve.server(), serve.stubs(), serve.engine()
     stub.kill()
-    eventually(lambda: gone([stub]) and serve.healthy())
+    eventually(lambda: gone([stub]) and serve.healthy(), START_SECONDS)
     with Stream(serve.grpc) as stream:
         stream.submit(text_input="a", sampling_parameters=GREEDY | {"max_tokens": 4, "ignore_eos": True})
         while not stream.receive().final:
@@ -137,7 +127,7 @@ def test_a_model_that_somebody_unloads_is_left_unloaded(serve: Serve) -> None:
     eventually(lambda: serve.ill("the stub of model 'radix' does not answer"))
     assert not serve.stubs()
     post("load")
-    eventually(serve.healthy)
+    eventually(serve.healthy, START_SECONDS)
 
 
 def test_other_paths_are_not_found(serve: Serve) -> None:

@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -21,12 +20,11 @@ import tritonclient.utils
 
 from radix_backend.client import EngineClient
 from radix_backend.metrics.families import ENGINE, REQUEST
-from radix_backend.metrics.publisher import PUSH_SECONDS
 from radix_backend.protocol import LENGTH
 from radix_backend.sampling_params import SamplingParams
 from tests.sidecar.sinks import Recorder
 from tests.triton.requests import GREEDY, Stream, joined, stream, text_of
-from tests.triton.scrape import Metrics, page
+from tests.triton.scrape import Metrics, page, settled
 from tests.triton.server import TritonServer, eventually, free_ports
 
 pytestmark = [pytest.mark.server, pytest.mark.model]
@@ -41,19 +39,6 @@ def needs(program: str) -> str:
     if path is None:
         pytest.skip(f"there is no {program} (of Debian's package prometheus)")
     return path
-
-
-def settled(server: TritonServer) -> Metrics:
-    """A scrape after which an idle server's figures no longer change."""
-    last = Metrics(server)
-
-    def unchanged() -> Metrics | None:
-        nonlocal last
-        time.sleep(2.5 * PUSH_SECONDS)  # the engine's figures are one push old
-        last, before = Metrics(server), last
-        return last if sorted(map(repr, last.series)) == sorted(map(repr, before.series)) else None
-
-    return eventually(unchanged)
 
 
 def test_values_are_what_the_client_counted(server: TritonServer) -> None:
@@ -99,7 +84,8 @@ def test_values_are_what_the_client_counted(server: TritonServer) -> None:
     assert since("tokens_per_response_sum") == sum(responses)
     # Every token computed in a step is a prompt token that was not cached, or the input of a later token.
     computed = inputs - since("prefix_cache_hits_total") + generated - 4
-    assert computed <= since("iteration_tokens_total_sum") <= computed + 2 * 4  # two steps past an unforeseen stop
+    past_the_stop = 20 - sum(joined(streams[-1], "num_output_tokens"))  # the engine may hear of it late
+    assert computed <= since("iteration_tokens_total_sum") <= computed + past_the_stop + 2  # steps in flight
 
 
 def test_streams_that_go_on_are_counted(server: TritonServer, engine: EngineClient) -> None:
@@ -124,9 +110,15 @@ def test_gauges_follow_the_engine_and_are_zero_when_it_is_idle(server: TritonSer
     with Stream(server.grpc) as many:
         for number in range(server.config.max_bs + 2):
             many.submit(text_input=f"{number}", sampling_parameters=LONG)
-        running, waiting, usage, used = eventually(lambda: now if min(now := gauges()) > 0 else None)
-        assert running + waiting == server.config.max_bs + 2
-        assert usage == pytest.approx(used / engine.stats()["pages"])
+        pages = engine.stats()["pages"]
+
+        def full() -> bool:
+            """A scrape may come while a push is under way."""
+            running, waiting, usage, used = gauges()
+            everybody = running + waiting == server.config.max_bs + 2 and min(running, waiting) > 0
+            return everybody and usage > 0 and usage == pytest.approx(used / pages)
+
+        eventually(full)
     assert eventually(lambda: gauges() == (0, 0, 0, 0))
     after = settled(server)
     assert after.since(before, "request_success_total", finished_reason="abort") == server.config.max_bs + 2
@@ -173,6 +165,7 @@ def test_promtool_finds_nothing_but_the_price_of_vllms_names(server: TritonServe
 def test_orca_has_what_triton_computes_it_from(server: TritonServer, engine: EngineClient) -> None:
     # The pattern is the server's own (src/orca_http.cc), signs and exponents are lost on it.
     pattern = re.compile(r"nv_trt_llm_kv_cache_block_metrics(?:{(.*?)})?\s*(\d+(?:\.\d+)?)")
+    settled(server)
     found = {}
     for labels, value in pattern.findall(page(server)):
         found[dict(re.findall(r'(\w+)="([^"]*)"', labels))["kv_cache_block_type"]] = float(value)
@@ -237,7 +230,7 @@ def prometheus(directory: Path, server: TritonServer) -> Iterator[Callable[[str]
         yield query
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(60)
 
 
 def test_a_real_prometheus_scrapes_them(server: TritonServer, tmp_path: Path) -> None:
@@ -250,8 +243,7 @@ def test_a_real_prometheus_scrapes_them(server: TritonServer, tmp_path: Path) ->
             return float(found[0]["value"][1]) if found else None
 
         eventually(lambda: value('radix:generation_tokens_total{model="radix"}') == expected)
-        assert value("up") == 1
-        assert value("radix:engine_up") == 1
+        eventually(lambda: value("up") == value("radix:engine_up") == 1)
         quantile = "histogram_quantile(0.5, sum by (le) (radix:inter_token_latency_seconds_bucket))"
         assert 0 < (value(quantile) or 0) < 640
         assert {found["metric"]["finished_reason"] for found in query("radix:request_success_total")} == {
@@ -280,9 +272,13 @@ def test_counters_go_on_when_the_engine_restarts_and_begin_anew_when_the_model_i
     assert before["iteration_tokens_total_count"] == stats["steps_total"]
 
     server.sidecar()["engine"].kill()
-    eventually(lambda: Metrics(server)["engine_up"] == 0)
-    down = Metrics(server)
-    assert down["nv_trt_llm_kv_cache_block_metrics"] == down["kv_cache_usage_perc"] == 0
+
+    def down() -> bool:
+        names = ("engine_up", "nv_trt_llm_kv_cache_block_metrics", "kv_cache_usage_perc")
+        now = Metrics(server)
+        return [now[name] for name in names] == [0, 0, 0]
+
+    eventually(down)
     server.wait_serving()
     ask(0)
     after = settled(server)
@@ -327,16 +323,17 @@ def test_of_two_instances_one_speaks_for_the_engine_and_requests_add_up(
     config.write_text(config.read_text().replace("count: 1", "count: 2"))
     assert server.post("/v2/repository/models/radix/load", {})[0] == 200
     server.wait_serving()
-    before = settled(server)
+    before, count = settled(server), 40  # enough for either to get some
     with Stream(server.grpc) as many:
-        for number in range(6):
+        for number in range(count):
             many.submit(text_input=f"{number}", sampling_parameters=GREEDY | {"max_tokens": 5, "ignore_eos": True})
         ended = 0
-        while ended < 6:
+        while ended < count:
             ended += many.receive().final
     after = settled(server)
-    assert after.since(before, "request_success_total") == after.since(before, "time_to_first_token_seconds_count") == 6
-    assert after.since(before, "generation_tokens_total") == 30
+    assert after.since(before, "request_success_total") == count
+    assert after.since(before, "time_to_first_token_seconds_count") == count
+    assert after.since(before, "generation_tokens_total") == 5 * count
     assert after.get("generation_tokens_total", model_instance="radix_0_1") > 0
     assert after.since(before, "prompt_tokens_total") == after.since(before, "request_prompt_tokens_sum")
     assert [labels for name, labels, _ in after.series if name == "engine_up"] == [{"model": "radix", "version": "1"}]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ from radix_backend.config import EngineConfig
 from radix_backend.sidecar.runtime import RunDir
 from tests.models.tiny import save_tiny
 from tests.triton.requests import Stream, joined
-from tests.triton.server import TritonServer, eventually, shared_memory_of
+from tests.triton.server import START_SECONDS, TritonServer, eventually, shared_memory_of, stopped
 from tests.triton.tiny_server import LONG, Start, error_of, settings, start_tiny, tiny_model  # noqa: F401
 
 pytestmark = pytest.mark.server
@@ -36,7 +37,11 @@ def reload(server: TritonServer, context_len: int) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | {"context_len": context_len}))
     control(server, "load")
     too_long = {"text_input": "a" * (context_len + 1)}
-    eventually(lambda: f"of {context_len}," in server.post("/v2/models/radix/generate", too_long)[1].get("error", ""))
+
+    def serves() -> bool:
+        return f"of {context_len}," in server.post("/v2/models/radix/generate", too_long)[1].get("error", "")
+
+    eventually(serves, START_SECONDS)
 
 
 def unloaded(server: TritonServer) -> bool:
@@ -75,14 +80,23 @@ def test_twenty_reloads_while_streams_run_leak_nothing(start_tiny: Start) -> Non
         eventually(lambda: unloaded(server))
         control(server, "load")
         server.wait_serving()
+        eventually(lambda: len(server.process.children(recursive=True)) == 1)
         seen.append((belongings(server), memory(server)))
     assert engine.is_running()  # all of them were the same engine's clients
-    (warm, warm_memory), (last, last_memory) = seen[WARM - 1], seen[-1]
-    assert last["children"] == warm["children"] == 1
-    for name in ("sidecar", "shared memory", "run directory"):
-        assert last[name] == warm[name], name
-    for name in ("descriptors", "threads"):  # a request's own come and go
-        assert all(now <= then + 3 for now, then in zip(last[name], warm[name], strict=True)), (name, warm, last)
+    (warm, warm_memory), (_, last_memory) = seen[WARM - 1], seen[-1]
+    assert warm["children"] == 1
+
+    def grown() -> dict[str, Any]:
+        """What there is more of than there was after the warm cycles."""
+        last = belongings(server)
+        equal = {name: last[name] == warm[name] for name in ("children", "sidecar", "shared memory", "run directory")}
+        for name in ("descriptors", "threads"):  # a request's own come and go
+            equal[name] = all(now <= then + 3 for now, then in zip(last[name], warm[name], strict=True))
+        return {name: (warm[name], last[name]) for name, is_equal in equal.items() if not is_equal}
+
+    with contextlib.suppress(AssertionError):  # what is on its way out may take a moment
+        eventually(lambda: not grown())
+    assert grown() == {}
     assert all(now <= GROWTH * then for now, then in zip(last_memory, warm_memory, strict=True)), seen
 
 
@@ -97,12 +111,14 @@ def test_reload_with_other_settings_serves_them_and_ends_the_former_sidecar(star
 def test_a_stream_that_runs_during_a_reload_is_finished_by_the_former_instance(start_tiny: Start) -> None:  # noqa: F811
     server = start_tiny(*EXPLICIT, linger=0.5)
     server.wait_serving()
-    former, count = server.run_dir, 3 * LONG["max_tokens"] // 4
+    former, sidecar, count = server.run_dir, server.sidecar(), 6000
     with server.engine() as former_engine, Stream(server.grpc) as stream:
         sampling = LONG | {"max_tokens": count}
         stream.submit(text_input="a", sampling_parameters=sampling, return_token_ids=True, return_finish_reason=True)
         responses = [stream.receive()]
-        reload(server, context_len=64)
+        # Or a quick engine is done before the other has started. Its supervisor would replace one that stands still.
+        with stopped(sidecar["supervisor"], sidecar["engine"]):
+            reload(server, context_len=64)
         assert former_engine.stats()["requests_running"] == 1
         while not responses[-1].final:
             responses.append(stream.receive())
@@ -115,12 +131,12 @@ def test_instances_share_one_engine_and_its_radix_cache(start_tiny: Start) -> No
     server = start_tiny(*EXPLICIT)
     server.wait_serving()
     control(server, "unload")
+    eventually(lambda: unloaded(server))
     config = server.repository / "radix" / "config.pbtxt"
     config.write_text(config.read_text().replace("count: 1", "count: 2"))
     control(server, "load")
     server.wait_serving()
-    stubs = server.process.children()
-    assert len(stubs) == 2
+    stubs = eventually(lambda: found if len(found := server.process.children()) == 2 else None)
     assert sorted(server.sidecar()) == ["engine", "gateway", "supervisor"]
     prompt = "computed through one instance, found by the other. "
     before = [cpu(stub) for stub in stubs]
@@ -143,7 +159,7 @@ def test_two_models_of_one_repository_have_a_sidecar_each(start_tiny: Start, tmp
     (server.repository / "other" / "1" / "model.json").write_text(json.dumps(other))
     control(server, "load", "other")
     body = {"text_input": "the same question", "max_tokens": 8, "temperature": 0}
-    eventually(lambda: server.post("/v2/models/other/generate", body)[0] == 200)
+    eventually(lambda: server.post("/v2/models/other/generate", body)[0] == 200, START_SECONDS)
     answers = [server.post(f"/v2/models/{model}/generate", body)[1]["text_output"] for model in ("radix", "other")]
     assert answers[0] != answers[1]
     run_dirs = [server.run_dir, RunDir.of(EngineConfig.parse(other)).path]

@@ -15,7 +15,7 @@ from tests.models.tiny import save_tiny
 from tests.triton.requests import GREEDY, Stream
 from tests.triton.server import TritonServer
 
-LONG = GREEDY | {"max_tokens": 8000, "ignore_eos": True}
+LONG = GREEDY | {"max_tokens": 32_000, "ignore_eos": True}  # some seconds on a quick machine
 PATIENCE = 30.0  # seconds: a bound on hanging, not an expectation
 
 Start = Callable[..., TritonServer]
@@ -23,7 +23,7 @@ Start = Callable[..., TritonServer]
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("tiny"), max_position_embeddings=8192)
+    return save_tiny(tmp_path_factory.mktemp("tiny"), max_position_embeddings=32_768)
 
 
 def settings(model: Path, **others: Any) -> dict[str, Any]:

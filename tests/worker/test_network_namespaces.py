@@ -21,7 +21,7 @@ from tests.triton.server import eventually, gone
 from tests.worker.two_hosts import generate, small
 
 ADDRESSES = ("10.213.77.1", "10.213.77.2")  # known inside the namespaces alone
-NOTICED = 5.0  # seconds
+NOTICED = 30.0  # seconds: a bound on hanging, not an expectation
 
 
 def ip(*arguments: str) -> None:
@@ -78,7 +78,7 @@ def test_ranks_on_two_hosts_stream_as_one_process_until_the_cable_is_pulled(
             (cable,) = cables_in(hosts[1])
             ip("-n", hosts[1], "link", "set", cable, "down")
             assert engine.wait(NOTICED) == 1
-            eventually(lambda: gone(others), 4 * NOTICED)  # they cannot reach the engine either
+            eventually(lambda: gone(others), NOTICED)  # they cannot reach the engine either
         finally:
             engine.kill()
     assert f"rank 1 on {ADDRESSES[1]} is lost: its host does not answer" in log.read_text()
