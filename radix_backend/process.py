@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import gc
 import logging
 import os
 import signal
@@ -64,6 +65,12 @@ def setup_logging(level: str, who: str = "") -> None:
     handler.setFormatter(_LevelPrefix(f"{who}: %(message)s" if who else "%(message)s"))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
+
+
+def freeze_objects() -> None:
+    """What has been loaded stays: no collection looks at it again, which would stop the process for 0.1 s."""
+    gc.collect()
+    gc.freeze()
 
 
 class Reporter:

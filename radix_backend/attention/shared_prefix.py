@@ -33,7 +33,7 @@ def shared_prefixes(tables: Ints, full_pages: Ints, tile_rows: int, min_pages: i
     ``tables`` [rows, pages] are page ids, of which each row's first ``full_pages`` [rows] count. Fewer than
     ``min_pages`` are not shared. Of a hierarchy of prefixes each row shares on one level.
     """
-    if len(tables) < 2 or len(np.unique(tables[:, 0])) == len(tables):
+    if len(tables) < 2 or len(set(tables[:, 0].tolist())) == len(tables):
         return None
     tables = np.ascontiguousarray(tables[:, : max(int(full_pages.max()), 1)])
     # Compared byte by byte: rows with a common prefix become neighbours.

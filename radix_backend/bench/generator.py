@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import sys
 import time
@@ -16,6 +15,7 @@ import msgspec
 
 from radix_backend.bench.door import Connection, Door
 from radix_backend.load import Load, Outcome, Session, Trace
+from radix_backend.process import freeze_objects
 
 
 def connect_to(kind: str, url: str, model: str) -> Door:
@@ -35,8 +35,7 @@ async def drive(door: Door, load: Load) -> Outcome:
     print("ready", flush=True)
     loop = asyncio.get_running_loop()
     start = float(await loop.run_in_executor(None, sys.stdin.buffer.readline))
-    gc.collect()
-    gc.freeze()
+    freeze_objects()
     await asyncio.sleep(start - time.monotonic())
     cpu = time.process_time()
     traces = await asyncio.gather(

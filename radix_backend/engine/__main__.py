@@ -10,7 +10,7 @@ import msgspec
 
 from radix_backend.config import EngineConfig
 from radix_backend.engine.core import EngineCore, bind
-from radix_backend.process import Reporter, die_with_parent, fatal_on_user_error, setup_logging
+from radix_backend.process import Reporter, die_with_parent, fatal_on_user_error, freeze_objects, setup_logging
 
 
 def main() -> None:
@@ -29,6 +29,7 @@ def main() -> None:
         core = EngineCore(config, worker, socket, reporter, create_profiler(config))
     signal.signal(signal.SIGTERM, lambda *_: core.stop())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal group; the supervisor decides
+    freeze_objects()
     reporter.ready()
     core.run()
     context.destroy(linger=0)

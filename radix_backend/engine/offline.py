@@ -5,7 +5,6 @@ Reads one JSON `Load` a line from stdin, runs it and writes one JSON `Outcome` a
 
 from __future__ import annotations
 
-import gc
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from radix_backend.engine.kv_cache import KVCache
 from radix_backend.engine.request import Request
 from radix_backend.engine.scheduler import Scheduler
 from radix_backend.load import Load, Outcome, Player
-from radix_backend.process import Reporter, setup_logging
+from radix_backend.process import Reporter, freeze_objects, setup_logging
 from radix_backend.protocol import RUNNING
 from radix_backend.sampling_params import SamplingParams
 from radix_backend.worker import create_worker, settle_device
@@ -86,8 +85,7 @@ def main() -> None:
     config = settle_device(config)
     worker = create_worker(config, Path(sys.argv[2]), Reporter())
     engine = OfflineEngine(config, worker)
-    gc.collect()
-    gc.freeze()  # what was loaded stays: collections need not look at it again
+    freeze_objects()
     for line in sys.stdin:
         outcome = engine.run(msgspec.json.decode(line, type=Load))
         sys.stdout.write(msgspec.json.encode(outcome).decode() + "\n")

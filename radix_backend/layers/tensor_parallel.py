@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-# The largest sum that a one-shot all-reduce makes: beyond, reading every peer's whole tensor takes longer than a ring.
-ONE_SHOT_BYTES = 512 << 10
+# The largest sum that a one-shot all-reduce makes, by number of ranks: beyond, reading every peer's whole tensor takes
+# longer than NCCL's ring (measured on GPUs that NVLink joins, see docs/performance.md).
+_ONE_SHOT_BYTES = {2: 4 << 20, 3: 2 << 20, 4: 2 << 20}
+_ONE_SHOT_BYTES_OF_MANY = 512 << 10
 _ONE_SHOT_DTYPES = (torch.bfloat16, torch.float32)  # that torch's kernel knows
 
 
@@ -25,12 +27,14 @@ class TensorParallel:
         self.rank, self.size, self._group = rank, size, group
         self._buffer: Tensor | None = None  # which all ranks read; uint8
 
-    def use_one_shot(self, max_bytes: int = ONE_SHOT_BYTES) -> None:
-        """From now on make sums of up to ``max_bytes`` on CUDA in one kernel.
+    def use_one_shot(self, max_bytes: int | None = None) -> None:
+        """From now on make sums of up to ``max_bytes`` on CUDA in one kernel; by default those that are faster so.
 
         Raises RuntimeError where GPUs cannot read each other.
         """
         assert self._group is not None
+        if max_bytes is None:
+            max_bytes = _ONE_SHOT_BYTES.get(self.size, _ONE_SHOT_BYTES_OF_MANY)
         self._buffer = _shared_buffer(self._group, max_bytes)
 
     def use_nccl(self) -> None:

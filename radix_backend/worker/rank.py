@@ -23,7 +23,7 @@ import msgspec
 from radix_backend.config import EngineConfig
 from radix_backend.errors import RadixError
 from radix_backend.loading import resolve_model
-from radix_backend.process import Reporter, die_with_parent, setup_logging
+from radix_backend.process import Reporter, die_with_parent, freeze_objects, setup_logging
 from radix_backend.worker.channel import Door, RemoteConnection
 from radix_backend.worker.interface import Worker
 from radix_backend.worker.messages import RankFailed, RankProgress, RankResult, decode_plan, encode
@@ -94,6 +94,7 @@ def serve(spec: RankSpec, make_runner: MakeRunner) -> NoReturn:
         reporter.send(RankFailed(error.code, str(error)))
         connection.close()
         raise SystemExit(1) from None
+    freeze_objects()
     reports = spec.rank == spec.config.num_ranks - spec.config.tp_size and spec.rank > 0
     launched = threading.Semaphore(0)
 

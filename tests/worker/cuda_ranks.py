@@ -1,7 +1,7 @@
-"""``python -m tests.worker.cuda_ranks CONFIG_JSON MODEL_DIR WORK``: an engine on several ranks, for one test.
+"""``python -m tests.worker.cuda_ranks CONFIG_JSON MODEL_DIR WORK FILE``: an engine on several ranks, for one test.
 
 In a process of its own: a rank that is lost takes the engine's process with it, what hangs can be killed, and torch's
-symmetric memory can be met once a process only. Pickles what it generates to stdout.
+symmetric memory can be met once a process only. Pickles what it generates to FILE: NCCL too writes to stdout.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,21 +49,22 @@ WORK: dict[str, Callable[[Worker, int], Any]] = {each.__name__: each for each in
 
 def on_ranks(work: Callable[[Worker, int], Any], config: EngineConfig, directory: Path) -> Any:
     """What ``work`` gives on that many ranks."""
-    arguments = [msgspec.json.encode(config).decode(), str(directory), work.__name__]
-    command = [sys.executable, "-m", "tests.worker.cuda_ranks", *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, timeout=HANG_SECONDS, check=True)
-    return pickle.loads(done.stdout)
+    with tempfile.NamedTemporaryFile() as found:
+        arguments = [msgspec.json.encode(config).decode(), str(directory), work.__name__, found.name]
+        command = [sys.executable, "-m", "tests.worker.cuda_ranks", *arguments]
+        subprocess.run(command, timeout=HANG_SECONDS, check=True)
+        return pickle.load(found)
 
 
 def main() -> None:
-    config_json, directory, work = sys.argv[1:]
+    config_json, directory, work, file = sys.argv[1:]
     config = msgspec.json.decode(config_json, type=EngineConfig)
     setup_logging(config.log_level)
     executor = LocalExecutor(("-m", "tests.worker.cuda_rank"))
     made = ParallelWorker(config, Path(directory), Reporter(), make_runner, executor)
     found = WORK[work](made, config.pp_size)
     made.close()
-    sys.stdout.buffer.write(pickle.dumps(found))
+    Path(file).write_bytes(pickle.dumps(found))
 
 
 if __name__ == "__main__":
