@@ -38,6 +38,21 @@ def add_product(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
     _launch(x, None, 0.0, weight, bias, residual, len(weight), gated=False, add=True)
 
 
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ weight.T + bias`` for ``x`` [rows, in], in the dtype of ``weight``."""
+    out = torch.empty(len(x), len(weight), dtype=weight.dtype, device=weight.device)
+    _launch(x, None, 0.0, weight, bias, out, len(weight), gated=False, add=False)
+    return out
+
+
+def gated(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """silu(gate) * up of a `product` whose ``weight`` [2 * inner, in] gives both, side by side."""
+    inner = len(weight) // 2
+    out = torch.empty(len(x), inner, dtype=weight.dtype, device=weight.device)
+    _launch(x, None, 0.0, weight, bias, out, inner, gated=True, add=False)
+    return out
+
+
 def _launch(
     x: Tensor,
     norm: Tensor | None,

@@ -29,6 +29,12 @@ class CudaFewRows:
     def add_product(self, residual: Tensor, x: Tensor, linear: Linear) -> None:
         cuda_few_rows.add_product(residual, x, linear.weight, linear.bias)
 
+    def product(self, x: Tensor, linear: Linear) -> Tensor:
+        return cuda_few_rows.product(x, linear.weight, linear.bias)
+
+    def gated(self, x: Tensor, linear: Linear) -> Tensor:
+        return cuda_few_rows.gated(x, linear.weight, linear.bias)
+
 
 class CudaOps(TorchOps):
     """Norm, activation and small products; the rotation is part of attention.cuda_kv_write."""

@@ -28,6 +28,12 @@ class FewRows(Protocol):
     def add_product(self, residual: Tensor, x: Tensor, linear: Linear) -> None:
         """Add the product of ``x`` to ``residual`` in place."""
 
+    def product(self, x: Tensor, linear: Linear) -> Tensor:
+        """The product of ``x`` [rows, in]."""
+
+    def gated(self, x: Tensor, linear: Linear) -> Tensor:
+        """`Ops.silu_mul` of it."""
+
 
 class Ops(Protocol):
     """Everything is computed in f32 and rounded once, to the dtype of weights and activations."""

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import os
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-# The largest sum that a one-shot all-reduce makes, by number of ranks: beyond, reading every peer's whole tensor takes
-# longer than NCCL's ring (measured on GPUs that NVLink joins, see docs/performance.md).
-_ONE_SHOT_BYTES = {2: 4 << 20, 3: 2 << 20, 4: 2 << 20}
-_ONE_SHOT_BYTES_OF_MANY = 512 << 10
-_ONE_SHOT_DTYPES = (torch.bfloat16, torch.float32)  # that torch's kernel knows
+from radix_backend.layers.ops import Ops
+
+if TYPE_CHECKING:
+    from radix_backend.layers.cuda_all_reduce import CudaAllReduce
 
 
 class TensorParallel:
@@ -25,46 +24,40 @@ class TensorParallel:
 
     def __init__(self, rank: int = 0, size: int = 1, group: ProcessGroup | None = None) -> None:
         self.rank, self.size, self._group = rank, size, group
-        self._buffer: Tensor | None = None  # which all ranks read; uint8
+        self._small: CudaAllReduce | None = None
 
-    def use_one_shot(self, max_bytes: int | None = None) -> None:
-        """From now on make sums of up to ``max_bytes`` on CUDA in one kernel; by default those that are faster so.
+    def use_one_shot(self, width: int, dtype: torch.dtype, **sizes: int) -> None:
+        """From now on make small sums of [rows, ``width``] on CUDA in one kernel; ``sizes`` are `CudaAllReduce`'s.
 
-        Raises RuntimeError where GPUs cannot read each other.
+        To be called by all ranks, none of which makes such a sum before all have returned. Raises RuntimeError where
+        GPUs cannot write each other's memory.
         """
+        from radix_backend.layers.cuda_all_reduce import CudaAllReduce, buffer_bytes
+
         assert self._group is not None
-        if max_bytes is None:
-            max_bytes = _ONE_SHOT_BYTES.get(self.size, _ONE_SHOT_BYTES_OF_MANY)
-        self._buffer = _shared_buffer(self._group, max_bytes)
+        own, addresses = _shared_buffer(self._group, buffer_bytes(self.size, width, dtype))
+        self._small = CudaAllReduce(self.rank, addresses, own, width, dtype, **sizes)
+        torch.cuda.synchronize()
 
     def use_nccl(self) -> None:
         """From now on make all sums through the group."""
-        self._buffer = None
-
-    def addend(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
-        """Where a rank may put its part of a sum so that `all_reduce` need not copy it, until the next sum.
-
-        None where sums of that size are not made so.
-        """
-        size = math.prod(shape) * dtype.itemsize
-        if self._buffer is None or size > len(self._buffer) or size % 16 or dtype not in _ONE_SHOT_DTYPES:
-            return None
-        return self._buffer[:size].view(dtype).view(shape)
+        self._small = None
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum of all ranks' ``x``, which may have been overwritten. Can be captured."""
+        """The sum of all ranks' ``x`` [rows, width], which may have been overwritten. Can be captured."""
         if self.size == 1 or not x.numel():
             return x
+        if self._small is not None and self._small.takes(x):
+            return self._small.sum(x)
         assert self._group is not None
-        addend = self.addend(tuple(x.shape), x.dtype)
-        if addend is None:
-            self._group.allreduce([x]).wait()
-            return x
-        if addend.data_ptr() != x.data_ptr():
-            addend.copy_(x)
-        # Each rank adds up all ranks' buffers in the order of ranks, and returns when all have. (torch's variant that
-        # copies in the same kernel may tell peers of a block before all of its warps have written.)
-        return torch.ops.symm_mem.one_shot_all_reduce(addend, "sum", self._group.group_name)
+        self._group.allreduce([x]).wait()
+        return x
+
+    def add_rms_norm(self, ops: Ops, residual: Tensor, part: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """`Ops.add_rms_norm` of the sum of all ranks' ``part``. Can be captured."""
+        if self._small is not None and part.numel() and self._small.takes(part):
+            return self._small.add_rms_norm(residual, part, weight, eps)
+        return ops.add_rms_norm(residual, self.all_reduce(part), weight, eps)
 
     def all_gather(self, x: Tensor) -> Tensor:
         """[size, …] of all ranks' ``x`` […], which must be contiguous. Can be captured."""
@@ -97,12 +90,11 @@ class TensorParallel:
 ALONE = TensorParallel()
 
 
-def _shared_buffer(group: ProcessGroup, size: int) -> Tensor:
-    """[bytes] on this rank's GPU, which the others read over NVLink."""
+def _shared_buffer(group: ProcessGroup, size: int) -> tuple[Tensor, list[int]]:
+    """[bytes] uint8 on this rank's GPU, which the others reach over NVLink, and where all ranks' are."""
     os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
     import torch.distributed._symmetric_memory as symmetric
 
-    device = torch.device("cuda", torch.cuda.current_device())
-    buffer = symmetric.empty(size, dtype=torch.uint8, device=device)
-    symmetric.rendezvous(buffer, group.group_name)
-    return buffer
+    buffer = symmetric.empty(size, dtype=torch.uint8, device=torch.device("cuda", torch.cuda.current_device()))
+    handle = symmetric.rendezvous(buffer, group.group_name)
+    return buffer, [handle.get_buffer(rank, (size,), torch.uint8).data_ptr() for rank in range(group.size())]

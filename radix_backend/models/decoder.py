@@ -50,6 +50,19 @@ class _Layer:
     down: Linear
 
 
+class _Products:
+    """What `FewRows` has, for many."""
+
+    def __init__(self, ops: Ops) -> None:
+        self._ops = ops
+
+    def product(self, x: Tensor, linear: Linear) -> Tensor:
+        return linear(x)
+
+    def gated(self, x: Tensor, linear: Linear) -> Tensor:
+        return self._ops.silu_mul(linear(x))
+
+
 class Decoder:
     """Weights and forward pass of a shard. Inference only: call it under ``torch.inference_mode``."""
 
@@ -92,20 +105,26 @@ class Decoder:
         Of the last layer only the KV of all tokens is needed: with ``rows`` [rows] the result is of these tokens.
         """
         residual = self._embed(inputs) if self.shard.is_first else inputs
-        if self._few_rows is not None and len(inputs) <= self._few_rows.max_rows:
-            return self._forward_few(self._few_rows, residual, attend, rows)
-        ops, eps, delta = self._ops, self.config.rms_norm_eps, None
+        few = self._few_rows if self._few_rows is not None and len(inputs) <= self._few_rows.max_rows else None
+        if few is not None and self._tp.size == 1:
+            return self._forward_few(few, residual, attend, rows)
+        products, part = few or _Products(self._ops), None
         for index, layer in enumerate(self._layers):
-            x = ops.add_rms_norm(residual, delta, layer.input_norm, eps)
-            heads = layer.qkv(x).view(len(x), -1, self.config.head_dim)
+            x = self._add_rms_norm(residual, part, layer.input_norm)
+            heads = products.product(x, layer.qkv).view(len(x), -1, self.config.head_dim)
             attended = attend(index, heads, layer.qk_norm)
             if rows is not None and index == len(self._layers) - 1:
                 attended, residual = attended[rows], residual[rows]
-            delta = self._sum_of_products(attended, layer.output)
-            x = ops.add_rms_norm(residual, delta, layer.mlp_norm, eps)
-            delta = self._sum_of_products(ops.silu_mul(layer.gate_up(x)), layer.down)
-        assert delta is not None
-        return Hidden(residual, delta)
+            x = self._add_rms_norm(residual, products.product(attended, layer.output), layer.mlp_norm)
+            part = products.product(products.gated(x, layer.gate_up), layer.down)
+        assert part is not None
+        return Hidden(residual, self._tp.all_reduce(part))
+
+    def _add_rms_norm(self, residual: Tensor, part: Tensor | None, weight: Tensor) -> Tensor:
+        """``part`` [tokens, hidden] is this rank's of a sum."""
+        if part is None:
+            return self._ops.add_rms_norm(residual, None, weight, self.config.rms_norm_eps)
+        return self._tp.add_rms_norm(self._ops, residual, part, weight, self.config.rms_norm_eps)
 
     def _embed(self, token_ids: Tensor) -> Tensor:
         """[tokens, hidden] f32: rounding the residual stream in bf16 would cost more than all products together."""
@@ -117,26 +136,15 @@ class Decoder:
         return self._tp.all_reduce(rows.masked_fill_(elsewhere[:, None], 0)).float()
 
     def _forward_few(self, few: FewRows, residual: Tensor, attend: Attend, rows: Tensor | None) -> Hidden:
+        """Where products are not parts of sums, they can be added to the residual stream at once."""
         eps = self.config.rms_norm_eps
         for index, layer in enumerate(self._layers):
             qkv = few.normed_product(residual, layer.input_norm, eps, layer.qkv)
             heads = qkv.view(len(qkv), -1, self.config.head_dim)
-            self._add_product(few, residual, attend(index, heads, layer.qk_norm), layer.output)
+            few.add_product(residual, attend(index, heads, layer.qk_norm), layer.output)
             inner = few.gated_product(residual, layer.mlp_norm, eps, layer.gate_up)
-            self._add_product(few, residual, inner, layer.down)
+            few.add_product(residual, inner, layer.down)
         return Hidden(residual if rows is None else residual[rows], None)
-
-    def _add_product(self, few: FewRows, residual: Tensor, x: Tensor, linear: Linear) -> None:
-        """A part of a sum cannot be added to the residual before it is complete."""
-        if self._tp.size == 1:
-            few.add_product(residual, x, linear)
-        else:
-            residual += self._sum_of_products(x, linear)
-
-    def _sum_of_products(self, x: Tensor, linear: Linear) -> Tensor:
-        """[tokens, hidden] over all ranks, each of which has a part of the inputs."""
-        addend = self._tp.addend((len(x), self.config.hidden_size), x.dtype) if linear.bias is None else None
-        return self._tp.all_reduce(linear(x, addend))
 
     def logits(self, hidden: Hidden, rows: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """[rows, vocabulary] of the tokens that follow those whose indices are ``rows`` [rows]; None: all of them.

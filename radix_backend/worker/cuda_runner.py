@@ -98,6 +98,8 @@ class CudaRunner:
         self._last_buffer = 0
         self._started = time.monotonic()
         free = torch.cuda.mem_get_info()[0] if self._cuda else 0
+        if self._cuda:
+            ranks.use_one_shot(config, model.hidden_size, self._dtype)
         self._load(config, model_dir, context_len)
         self._allocate_state(config, context_len)
         part = self._shard.part

@@ -18,11 +18,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from radix_backend.config import EngineConfig
+from radix_backend.layers.ops import TorchOps
 from radix_backend.layers.tensor_parallel import TensorParallel
 from radix_backend.process import PARENT_PID, die_with_parent
 from radix_backend.worker.ranks import Meeting, Ranks, join, listen, own_gpu
 
 _SIZES = [8 << 10 << shift for shift in range(10)]  # bytes: 8 KiB to 4 MiB
+_WIDTH = 4096
 _CALLS = 20  # in a graph
 _REPLAYS = 20
 
@@ -60,8 +62,16 @@ def _measure(ranks: Ranks) -> None:
     tp = ranks.tp
     columns = {"nccl" if cuda else "gloo": _times(tp, device)}
     if cuda:
-        tp.use_one_shot(_SIZES[-1])
-        columns["one-shot"] = _times(tp, device)
+        for name, sizes in (
+            ("one-shot", {"one_shot_bytes": _SIZES[-1]}),
+            ("two-shot", {"one_shot_bytes": 0}),
+            ("", {}),
+        ):
+            tp.use_one_shot(_WIDTH, torch.bfloat16, **sizes)
+            dist.barrier()
+            if name:
+                columns[name] = _times(tp, device)
+        columns["auto, with norm"] = [_with_norm(tp, _tensor(size, device)) for size in _SIZES]
     columns["send"] = [_timed(_bounce, ranks.rank, _tensor(size, device)) / 2 for size in _SIZES]
     if ranks.rank == 0:
         print("| KiB |" + "".join(f" {name} µs |" for name in columns) + " send GB/s |")
@@ -78,7 +88,13 @@ def _times(tp: TensorParallel, device: torch.device) -> list[float]:
 
 
 def _tensor(size: int, device: torch.device) -> Tensor:
-    return torch.zeros(size // 2, dtype=torch.bfloat16, device=device)
+    """[rows, width] bf16"""
+    return torch.zeros(size // 2 // _WIDTH, _WIDTH, dtype=torch.bfloat16, device=device)
+
+
+def _with_norm(tp: TensorParallel, x: Tensor) -> float:
+    residual, weight = torch.zeros_like(x, dtype=torch.float32), x.new_ones(_WIDTH)
+    return _timed(tp.add_rms_norm, TorchOps(), residual, x, weight, 1e-6, graph=True)
 
 
 def _bounce(rank: int, x: Tensor) -> None:

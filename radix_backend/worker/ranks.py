@@ -42,6 +42,7 @@ class Ranks:
     gpu: int = 0  # among those that this process sees
     tp: TensorParallel = ALONE
     pipeline: Pipeline[Any] | None = None  # where there are several stages
+    tp_on_one_host: bool = True  # whether those that share a layer are
     _grouped: bool = field(default=False, kw_only=True)
 
     def least(self, value: int) -> int:
@@ -51,6 +52,28 @@ class Ranks:
         values = torch.tensor([value])
         dist.all_reduce(values, dist.ReduceOp.MIN)
         return int(values)
+
+    def use_one_shot(self, config: EngineConfig, width: int, dtype: torch.dtype) -> None:
+        """Make small sums of [rows, ``width``] on CUDA in one kernel, on all ranks or on none, as ``all_reduce`` says.
+
+        Raises Unavailable where it says so and GPUs cannot.
+        """
+        if self.tp.size == 1 or config.all_reduce == "nccl" or not self.tp_on_one_host:
+            return
+        try:
+            self.tp.use_one_shot(width, dtype)
+            why = ""
+        except RuntimeError as error:
+            why = str(error)
+        if self.least(not why):
+            return
+        self.tp.use_nccl()
+        why = why or "another rank cannot"
+        if config.all_reduce == "one-shot":
+            raise Unavailable(
+                f"setting 'all_reduce' is 'one-shot', which these GPUs cannot: {why}; accepted: auto, nccl"
+            )
+        log.warning("all-reduce through NCCL alone: GPUs cannot reach each other's memory: %s", why)
 
     def close(self) -> None:
         if self._grouped:
@@ -116,10 +139,7 @@ def join(config: EngineConfig, rank: int, meeting: Meeting, listener: socket.soc
     )
     stage, tp_rank = divmod(rank, config.tp_size)
     tp, pipeline = _tensor_parallel(config, stage, tp_rank), _pipeline(config, stage, tp_rank)
-    ranks = Ranks(rank, meeting.gpu, tp, pipeline, _grouped=True)
-    if cuda and config.tp_size > 1 and config.all_reduce != "nccl" and meeting.tp_on_one_host:
-        _use_one_shot(config, ranks)
-    return ranks
+    return Ranks(rank, meeting.gpu, tp, pipeline, meeting.tp_on_one_host, _grouped=True)
 
 
 _preferred: dict[str, str] = {}
@@ -142,22 +162,6 @@ def _interface_of(address: str) -> str | None:
             return name
     log.warning("no network interface has %s, the address of this host: gloo and NCCL choose one", address)
     return None
-
-
-def _use_one_shot(config: EngineConfig, ranks: Ranks) -> None:
-    """On all ranks or on none."""
-    try:
-        ranks.tp.use_one_shot()
-        why = ""
-    except RuntimeError as error:
-        why = str(error)
-    if ranks.least(not why):
-        return
-    ranks.tp.use_nccl()
-    why = why or "another rank cannot"
-    if config.all_reduce == "one-shot":
-        raise Unavailable(f"setting 'all_reduce' is 'one-shot', which these GPUs cannot: {why}; accepted: auto, nccl")
-    log.warning("all-reduce through NCCL alone: GPUs cannot read each other's memory: %s", why)
 
 
 # Every rank takes part in making every group, in the same order.

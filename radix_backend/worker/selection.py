@@ -70,6 +70,11 @@ def make_runner(config: EngineConfig, model_dir: Path, reporter: Reporter, ranks
             f"setting 'attention_backend' is {config.attention_backend!r}; accepted without kernels for the GPU: "
             f"{values}. There are none: {missing}"
         )
+    if config.all_reduce == "one-shot":
+        raise Unavailable(
+            "setting 'all_reduce' is 'one-shot'; accepted without kernels for the GPU: auto, nccl. "
+            f"There are none: {missing}"
+        )
     log.warning("no kernels for the GPU: all is computed in plain torch, many times slower. %s", missing)
     return Runner(config, model_dir, reporter, ranks, device="cuda")
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tests.cuda import DEVICE, on_gpu  # isort: skip
-from radix_backend.layers.cuda_few_rows import add_product, gated_product, normed_product
+from radix_backend.layers.cuda_few_rows import add_product, gated, gated_product, normed_product, product
 from radix_backend.layers.cuda_ops import CudaOps
 from radix_backend.layers.ops import TorchOps
 
@@ -48,10 +48,13 @@ def test_products_of_few_rows_equal_torch(rows, inputs, outputs, biased, dtype):
     result = normed_product(residual, norm, 1e-6, weight, bias)
     assert result.dtype == dtype
     torch.testing.assert_close(result.float(), expected, **tolerance)
-    gated = gated_product(residual, norm, 1e-6, weight, bias)
-    assert gated.dtype == dtype
-    torch.testing.assert_close(gated.float(), TorchOps().silu_mul(expected), **tolerance)
+    activated = gated_product(residual, norm, 1e-6, weight, bias)
+    assert activated.dtype == dtype
+    torch.testing.assert_close(activated.float(), TorchOps().silu_mul(expected), **tolerance)
     x, sums = randn(rows, inputs, dtype=dtype, seed=4), randn(rows, 2 * outputs, seed=5)
     expected = sums + x.float() @ weight.float().T + (0 if bias is None else bias.float())
     add_product(sums, x, weight, bias)
     torch.testing.assert_close(sums, expected, **tolerance)
+    expected = x.float() @ weight.float().T + (0 if bias is None else bias.float())
+    torch.testing.assert_close(product(x, weight, bias).float(), expected, **tolerance)
+    torch.testing.assert_close(gated(x, weight, bias).float(), TorchOps().silu_mul(expected), **tolerance)
