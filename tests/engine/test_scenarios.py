@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from radix_backend.engine.request import AGING_SECONDS, State
+from radix_backend.engine.request import AGING_SECONDS, PROMPT_TOKEN_SECONDS, State
 from radix_backend.engine.scheduler import _Rows
 from radix_backend.errors import InvalidArgument, Unavailable
 from radix_backend.protocol import ABORT, LENGTH, STOP
@@ -295,6 +295,18 @@ def test_priority_is_served_first_but_waiting_outweighs_it() -> None:
     late_urgent = engine.add([4], max_tokens=2, priority=-1)
     engine.run()
     assert [r for r in engine.finish if r in (normal, urgent, late_urgent)] == [urgent, normal, late_urgent]
+
+
+def test_of_those_that_come_together_the_short_prompts_are_served_first() -> None:
+    engine = SimEngine(num_pages=200, max_bs=1)
+    engine.add([1], max_tokens=2)
+    engine.launch()
+    long = engine.add([2] * 200, max_tokens=2)
+    short = engine.add([3], max_tokens=2)  # 1 ms later
+    engine.now += 200 * PROMPT_TOKEN_SECONDS
+    late = engine.add([4], max_tokens=2)
+    engine.run()
+    assert [r for r in engine.finish if r in (long, short, late)] == [short, long, late]
 
 
 def test_decodes_are_never_stalled_by_a_long_prompt() -> None:
