@@ -13,7 +13,7 @@ from radix_backend.protocol import Receipt
 from radix_backend.sampling_params import SamplingParams
 
 AGING_SECONDS = 10.0  # a request waiting this long overtakes one of the next higher priority that comes now
-PROMPT_TOKEN_SECONDS = 25e-6  # a request overtakes one that came this much earlier for each token its prompt is shorter
+PROMPT_TOKEN_SECONDS = 25e-6  # in the queue, a token less of prompt outweighs having come so much later
 
 
 class State(enum.Enum):
@@ -64,9 +64,14 @@ class Request:
 
     @property
     def key(self) -> float:
-        """Order of service: first come first served within a priority, but of those that come at the same moment
-        short prompts first, so that fewer wait for long ones; waiting longer outweighs both."""
-        return self.arrival + len(self.prompt) * PROMPT_TOKEN_SECONDS + self.priority * AGING_SECONDS
+        """Order of service: first come first served within a priority; waiting longer outweighs priority."""
+        return self.arrival + self.priority * AGING_SECONDS
+
+    @property
+    def queue_key(self) -> float:
+        """Order of admission: of those that come at the same moment short prompts first, so that fewer wait for long
+        ones."""
+        return self.key + len(self.prompt) * PROMPT_TOKEN_SECONDS
 
     @property
     def effective_key(self) -> float:

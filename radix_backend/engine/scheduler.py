@@ -395,7 +395,7 @@ class Scheduler:
         request.state = State.WAITING
         self.num_waiting += 1
         self._pushes += 1
-        heapq.heappush(self._queue, (request.key, self._pushes, request))
+        heapq.heappush(self._queue, (request.queue_key, self._pushes, request))
 
     # ── sizes ───────────────────────────────────────────────────────────────────────────────────────────────
 
