@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_BYTES = 4 << 20  # of a part: beyond, NCCL is as fast (see docs/performance.md)
+MAX_BYTES = 4 << 20  # of a part: 512 rows of Qwen3-8B; up to there faster than NCCL (see docs/performance.md)
 _ONE_SHOT_BYTES = 256 << 10  # of a part: beyond, two shots are faster where ranks are more than two
 _MAX_ROWS = 1024  # of which each is a program: they wait for those of other ranks, so all should run at once
 _TURNS = 3
