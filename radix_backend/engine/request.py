@@ -13,7 +13,7 @@ from radix_backend.protocol import Receipt
 from radix_backend.sampling_params import SamplingParams
 
 AGING_SECONDS = 10.0  # a request waiting this long overtakes one of the next higher priority that comes now
-PROMPT_TOKEN_SECONDS = 25e-6  # in the queue, a token less of prompt outweighs having come so much later
+PROMPT_TOKEN_SECONDS = 25e-6  # a token of a prompt counts, in the queue, as having come this much later
 
 
 class State(enum.Enum):
