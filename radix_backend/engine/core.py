@@ -60,6 +60,7 @@ class EngineCore:
             max_batched_tokens=config.max_batched_tokens,
             max_queue_size=config.max_queue_size,
             pp_size=config.pp_size,
+            ahead=config.steps_in_flight - config.pp_size,
         )
         self.stats = Stats(self.scheduler)
         self._namespace = config.namespace

@@ -6,7 +6,7 @@ what ended requests gave up is not free before those steps have settled (see `KV
 
 With several pipeline stages that many steps run at once, each a **microbatch** of other requests: one that decodes in
 step *n* decodes again in step *n + pp_size* at the earliest, when its token is back at the first stage. Chunks of a
-prompt need no token and may follow each other. Step numbers skip what a pipeline without work skips.
+prompt need no token and may follow each other. Step numbers skip what a pipeline with little work skips.
 """
 
 from __future__ import annotations
@@ -97,8 +97,10 @@ class Scheduler:
         max_batched_tokens: int,
         max_queue_size: int,
         pp_size: int = 1,
+        ahead: int = 1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """``ahead``: how many tokens of a request may be unknown when its next step is planned before its turn."""
         if max_batched_tokens < max_bs:
             raise InvalidArgument(
                 f"setting 'max_batched_tokens' is {max_batched_tokens}; accepted: at least max_bs ({max_bs})"
@@ -113,7 +115,7 @@ class Scheduler:
         self.outputs: list[Output] = []
         self._max_batched_tokens = max_batched_tokens
         self._max_queue_size = max_queue_size
-        self._pp_size = pp_size
+        self._pp_size, self._ahead = pp_size, ahead
         self._clock = clock
         self._slots = list(range(max_bs - 1, -1, -1))
         self._queue: list[tuple[float, int, Request]] = []  # heap by key; entries not WAITING any more are skipped
@@ -160,7 +162,7 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """The next step, or None when nothing can be computed now."""
-        rows = _Rows(max(self._step + 1, self.cache.settled_step + self._pp_size))
+        rows = _Rows(self._next_step())
         order = sorted(self.running, key=lambda request: request.effective_key)
         # An equal share for each microbatch: stages are idle where one has all the requests.
         decoding = [request for request in order if request.decodes]
@@ -210,10 +212,22 @@ class Scheduler:
             else:
                 self.outputs.append(Output(request.id, token, RUNNING, None, logprobs))
 
+    def _next_step(self) -> int:
+        """Its number. Where only tokens can be computed, and none is due yet, that of the first that will be: it can be
+        launched now, and the stages begin as soon as they can."""
+        step = max(self._step + 1, self.cache.settled_step + self._pp_size)
+        if self._pp_size == 1 or self.num_waiting or any(request.is_prefilling for request in self.running):
+            return step
+        decoding = [request for request in self.running if request.decodes and request.num_in_flight <= self._ahead]
+        return max(step, min((self._due(request) for request in decoding), default=step))
+
     def _is_due(self, request: Request, step: int) -> bool:
         """Whether its last token will be at the first stage."""
+        return self._due(request) <= step
+
+    def _due(self, request: Request) -> int:
         assert request.lease is not None
-        return request.lease.last_step + self._pp_size <= step
+        return request.lease.last_step + self._pp_size
 
     # ── parts of a step ─────────────────────────────────────────────────────────────────────────────────────
 

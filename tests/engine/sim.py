@@ -139,6 +139,7 @@ class SimEngine:
         queue: int = 1000,
         worker: Worker | None = None,
         pp_size: int = 1,
+        ahead: int = 1,
     ) -> None:
         self.worker = worker or SimWorker(num_pages, page_size, max_bs, pp_size=pp_size)
         self.now = 0.0
@@ -148,6 +149,7 @@ class SimEngine:
             max_batched_tokens=budget,
             max_queue_size=queue,
             pp_size=pp_size,
+            ahead=ahead,
             clock=lambda: self.now,
         )
         self.outputs: dict[int, list[int]] = {}

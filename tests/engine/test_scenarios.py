@@ -441,3 +441,33 @@ def test_pipeline_stages_get_equal_microbatches_of_different_requests() -> None:
     assert following.slots.tolist() == plans[0].slots.tolist()
     engine.run(depth=4)
     assert [engine.outputs[request] for request in requests] == [continuation([i] * 5, 9) for i in range(10)]
+
+
+@pytest.mark.parametrize(("ahead", "in_flight"), [(0, 1), (1, 2)])
+def test_a_stream_alone_is_one_token_ahead_in_a_pipeline_too(ahead: int, in_flight: int) -> None:
+    engine = SimEngine(num_pages=200, max_bs=12, budget=200, pp_size=3, ahead=ahead)
+    request = engine.add([7] * 5, max_tokens=9)
+    most = 0
+    while engine.scheduler.requests:
+        while engine.launch() is not None:
+            most = max(most, len(engine.scheduler._launched))
+        engine.settle()
+    while engine.scheduler.has_steps_in_flight:
+        engine.settle()
+    assert most == in_flight
+    assert engine.outputs[request] == continuation([7] * 5, 9)
+
+
+def test_a_prompt_that_comes_meanwhile_fills_the_pipeline() -> None:
+    engine = SimEngine(num_pages=200, max_bs=12, budget=200, pp_size=3)
+    engine.add([7] * 5, max_tokens=9)
+    first, second = engine.launch(), engine.launch()
+    assert first is not None
+    assert second is not None
+    assert second.step == first.step + 3
+    engine.add([8] * 5, max_tokens=9)
+    third = engine.launch()
+    assert third is not None
+    assert third.step == second.step + 1
+    assert third.num_tokens.tolist() == [5]
+    engine.run(depth=4)
