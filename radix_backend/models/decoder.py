@@ -182,7 +182,8 @@ class _Weights:
     def get(self, name: str, *shape: int, part: Part | None = None) -> Tensor:
         if part is not None and shape[part.dim] == len(part.range):
             part = None
-        return self._checkpoint.get(name, *shape, part=part).to(device=self._device, dtype=self._dtype)
+        stored = self._checkpoint.get(name, *shape, part=part)
+        return stored.to(device=self._device, dtype=self._dtype).contiguous()  # which kernels count on
 
     def vocabulary(self, name: str) -> Tensor:
         model = self._shard.model
