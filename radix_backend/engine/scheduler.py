@@ -162,14 +162,14 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """The next step, or None when nothing can be computed now."""
-        rows = _Rows(self._next_step())
         order = sorted(self.running, key=lambda request: request.effective_key)
-        # An equal share for each microbatch: stages are idle where one has all the requests.
         decoding = [request for request in order if request.decodes]
+        rows = _Rows(self._next_step(decoding))
+        # An equal share for each microbatch: stages are idle where one has all the requests.
         share = -(-len(decoding) // self._pp_size)
         for request in decoding:
             # The one before it may have had it retracted.
-            due = request.state is State.RUNNING and self._is_due(request, rows.step)
+            due = request.state is State.RUNNING and self._due(request) <= rows.step
             if due and len(rows.decodes) < share and self._make_room(request, 1, rows):
                 rows.decodes[request] = None
         budget = self._max_batched_tokens - len(rows.decodes)
@@ -212,20 +212,17 @@ class Scheduler:
             else:
                 self.outputs.append(Output(request.id, token, RUNNING, None, logprobs))
 
-    def _next_step(self) -> int:
+    def _next_step(self, decoding: list[Request]) -> int:
         """Its number. Where only tokens can be computed, and none is due yet, that of the first that will be: it can be
         launched now, and the stages begin as soon as they can."""
         step = max(self._step + 1, self.cache.settled_step + self._pp_size)
         if self._pp_size == 1 or self.num_waiting or any(request.is_prefilling for request in self.running):
             return step
-        decoding = [request for request in self.running if request.decodes and request.num_in_flight <= self._ahead]
-        return max(step, min((self._due(request) for request in decoding), default=step))
-
-    def _is_due(self, request: Request, step: int) -> bool:
-        """Whether its last token will be at the first stage."""
-        return self._due(request) <= step
+        dues = (self._due(request) for request in decoding if request.num_in_flight <= self._ahead)
+        return max(step, min(dues, default=step))
 
     def _due(self, request: Request) -> int:
+        """The first step before which its last token will be at the first stage."""
         assert request.lease is not None
         return request.lease.last_step + self._pp_size
 
