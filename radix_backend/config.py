@@ -134,8 +134,8 @@ class EngineConfig(
     all_reduce: Annotated[
         Literal["auto", "nccl", "one-shot"],
         Meta(
-            description="how tensor parallel GPUs add up small tensors; one-shot: each writes to all others' memory in "
-            "one kernel; auto: one-shot where GPUs can; large tensors go through nccl"
+            description="how tensor parallel GPUs add up; one-shot: they write to each other's memory (one kernel for "
+            "small sums; each its share of many rows, beside products); auto: one-shot where GPUs can"
         ),
     ] = "auto"
     profile: Annotated[

@@ -99,7 +99,9 @@ class CudaAttention:
 
         return attend
 
-    def extend(self, batch: PrefillBatch) -> Attend:
+    def extend(self, batch: PrefillBatch, piece: int = 0) -> Attend:
+        """``piece``: which of a step's batches it is. In each layer those before it are written before it attends."""
+
         def attend(layer: int, heads: Tensor, norms: tuple[Tensor, Tensor] | None) -> Tensor:
             keys, values = self._write(layer, heads, norms, batch.positions, batch.slots)
             q = heads[:, : self._num_heads]

@@ -35,6 +35,13 @@ def tiles(firsts: Ints, num_tokens: Ints, slots: Ints, cached: Ints, tokens: int
     return np.ascontiguousarray(columns[np.argsort(-columns[:, 2], kind="stable")])
 
 
+def cut(firsts: Ints, ends: Ints, tokens: slice) -> tuple[npt.NDArray[np.int64], Ints, Ints]:
+    """What ``tokens`` have of chunks that begin and end there: which chunks, the first token of each, how many."""
+    begins, until = np.maximum(firsts, np.int32(tokens.start)), np.minimum(ends, np.int32(tokens.stop))
+    (chosen,) = np.nonzero(begins < until)
+    return chosen, begins[chosen], (until - begins)[chosen]
+
+
 def extend(q: Tensor, keys: Tensor, values: Tensor, page_table: Tensor, tile_list: Tensor, out: Tensor) -> None:
     """Fill the tokens of ``out`` [tokens, heads, head_dim] that ``tile_list`` [tiles, 5] int32 covers.
 

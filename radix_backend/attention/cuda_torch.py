@@ -32,7 +32,7 @@ class TorchAttention(CudaAttention):
 
         return attend
 
-    def extend(self, batch: PrefillBatch) -> Attend:
+    def extend(self, batch: PrefillBatch, piece: int = 0) -> Attend:
         chunks = batch.chunks
 
         def attend(layer: int, heads: Tensor, norms: tuple[Tensor, Tensor] | None) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -62,25 +62,23 @@ class FlashInferPrefill(CudaAttention):
         _, kv_heads, self._page_size, head_dim = keys.shape
         self._shape = (setup.num_heads, kv_heads, head_dim, self._page_size)
         self._types = {"q_data_type": keys.dtype, "kv_data_type": keys.dtype}
-        self._prefill_lists = PageLists(setup.max_rows, setup.page_table, self._page_size)
-        self._prefill_workspace = _Workspace(keys, setup.num_heads)
-        self._prefiller = BatchPrefillWithPagedKVCacheWrapper(
-            self._prefill_workspace.floats, "HND", backend=prefill_kernel
-        )
-        self._prefill_workspace.attach(self._prefiller)
+        self._setup, self._prefill_kernel = setup, prefill_kernel
+        self._floats = _floats(keys, setup.num_heads)
+        self._prefillers: list[_Prefiller] = []  # by piece of a step
+        self._prefiller(0)
 
-    def extend(self, batch: PrefillBatch) -> Attend:
+    def extend(self, batch: PrefillBatch, piece: int = 0) -> Attend:
         """Plans too: it is never captured."""
-        chunks = batch.chunks
+        chunks, prefiller = batch.chunks, self._prefiller(piece)
         if len(chunks.num_tokens):
             ends, last_page_len = _page_columns(chunks.lengths, len(chunks.lengths), self._page_size)
             query_ends = torch.from_numpy(np.concatenate([[0], np.cumsum(chunks.num_tokens)]).astype(np.int32))
-            self._prefill_lists.fill(chunks.device_slots, chunks.device_lengths)
-            with self._prefill_workspace.planning(self._prefiller):
-                self._prefiller.plan(
+            prefiller.lists.fill(chunks.device_slots, chunks.device_lengths)
+            with prefiller.workspace.planning(prefiller.wrapper):
+                prefiller.wrapper.plan(
                     query_ends,
                     ends,
-                    self._prefill_lists.indices[: int(ends[-1])],
+                    prefiller.lists.indices[: int(ends[-1])],
                     last_page_len,
                     *self._shape,
                     causal=True,
@@ -91,9 +89,18 @@ class FlashInferPrefill(CudaAttention):
             keys, values = self._write(layer, heads, norms, batch.positions, batch.slots)
             if not len(chunks.num_tokens):  # nothing but padding
                 return torch.zeros_like(heads[:, : self._num_heads]).flatten(1)
-            return self._run(self._prefiller, heads, keys, values)
+            return self._run(prefiller.wrapper, heads, keys, values)
 
         return attend
+
+    def _prefiller(self, piece: int) -> _Prefiller:
+        while piece >= len(self._prefillers):
+            lists = PageLists(self._setup.max_rows, self._setup.page_table, self._page_size)
+            workspace = _Workspace(self._floats)
+            wrapper = BatchPrefillWithPagedKVCacheWrapper(self._floats, "HND", backend=self._prefill_kernel)
+            workspace.attach(wrapper)
+            self._prefillers.append(_Prefiller(lists, workspace, wrapper))
+        return self._prefillers[piece]
 
     def _run(self, wrapper: Any, heads: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         q = heads[:, : self._num_heads]
@@ -111,7 +118,7 @@ class FlashInferAttention(FlashInferPrefill):
         # Kernels for CUDA cores exist for groups of 1, 2, 3, 4 and 8: for all below this bound.
         self._tensor_cores = setup.num_heads // keys.shape[1] >= _TENSOR_CORE_GROUP
         self._decode_lists = PageLists(setup.max_rows, setup.page_table, self._page_size)
-        self._decode_workspace = _Workspace(keys, setup.num_heads)
+        self._decode_workspace = _Workspace(_floats(keys, setup.num_heads))
         self._decoders: dict[int, Any] = {}
 
     def plan_decode(self, rows: int, lengths: npt.NDArray[np.int64]) -> None:
@@ -161,17 +168,12 @@ class FlashInferAttention(FlashInferPrefill):
 
 
 class _Workspace:
-    """What the wrappers of one phase share. Steps of a phase run one after the other, each after its plan's copy."""
+    """What the wrappers of a phase, or of a piece, share. Steps run one after the other, each after its plan's copy."""
 
-    def __init__(self, keys: Tensor, num_heads: int) -> None:
-        """``keys`` [pages, kv_heads, page_size, head_dim]: any layer's."""
-        device, (_, kv_heads, _, head_dim) = keys.device, keys.shape
-        # Rows are split until there are two tiles of queries for each SM; every tile leaves a part in f32.
-        num_tiles = 2 * torch.cuda.get_device_properties(device).multi_processor_count
-        part_bytes = num_heads // kv_heads * _MAX_TILE * (head_dim + 1) * 4
-        float_bytes = max(_FLOAT_BYTES, num_tiles * part_bytes + (1 << 20))
-        self.floats = torch.zeros(float_bytes, dtype=torch.uint8, device=device)
-        self._ints = torch.empty(_INT_BYTES, dtype=torch.uint8, device=device)
+    def __init__(self, floats: Tensor) -> None:
+        """``floats``: made by `_floats`; another phase may have it too."""
+        self.floats = floats
+        self._ints = torch.empty(_INT_BYTES, dtype=torch.uint8, device=floats.device)
         self._pinned = [torch.empty(_INT_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(_PLANS)]
         self._copied = [torch.cuda.Event() for _ in range(_PLANS)]
         self._current = 0
@@ -188,6 +190,22 @@ class _Workspace:
         wrapper._pin_memory_int_workspace_buffer = self._pinned[self._current]
         yield
         self._copied[self._current].record()
+
+
+class _Prefiller(NamedTuple):
+    lists: PageLists
+    workspace: _Workspace
+    wrapper: Any
+
+
+def _floats(keys: Tensor, num_heads: int) -> Tensor:
+    """Room for what parts of split rows leave; ``keys`` [pages, kv_heads, page_size, head_dim]: any layer's."""
+    device, (_, kv_heads, _, head_dim) = keys.device, keys.shape
+    # Rows are split until there are two tiles of queries for each SM; every tile leaves a part in f32.
+    num_tiles = 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    part_bytes = num_heads // kv_heads * _MAX_TILE * (head_dim + 1) * 4
+    float_bytes = max(_FLOAT_BYTES, num_tiles * part_bytes + (1 << 20))
+    return torch.zeros(float_bytes, dtype=torch.uint8, device=device)
 
 
 def _page_columns(lengths: npt.NDArray[Any], rows: int, page_size: int) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,8 @@ Importing this module raises ImportError where the triton package is missing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -31,25 +33,26 @@ class CudaAllReduce:
     def __init__(
         self,
         rank: int,
-        addresses: list[int],
-        own: Tensor,
+        buffers: Sequence[Tensor],
         width: int,
         dtype: torch.dtype,
         one_shot_bytes: int | None = None,
     ) -> None:
-        """``own`` [bytes] uint8 is this rank's buffer, of `buffer_bytes`; ``addresses`` [ranks] are of all buffers.
+        """``buffers`` [ranks] are all ranks' memory, each [`buffer_bytes`] uint8.
 
         All ranks must have come here before one of them adds up. Parts of more than ``one_shot_bytes`` take two shots.
         """
         if one_shot_bytes is None:
-            one_shot_bytes = MAX_BYTES if len(addresses) == 2 else _ONE_SHOT_BYTES
+            one_shot_bytes = MAX_BYTES if len(buffers) == 2 else _ONE_SHOT_BYTES
         self._one_shot_bytes = one_shot_bytes
-        self._rank, self._size, self._width, self._dtype = rank, len(addresses), width, dtype
+        self._rank, self._size, self._width, self._dtype = rank, len(buffers), width, dtype
         self._max_rows = _max_rows(width, dtype)
-        self._words = own.view(_WORDS[dtype.itemsize])
+        self._buffers = buffers  # to keep them
+        self._words = buffers[rank].view(_WORDS[dtype.itemsize])
         self._words.fill_(torch.iinfo(self._words.dtype).min)
-        self._addresses = torch.tensor(addresses, dtype=torch.int64, device=own.device)
-        self._turns = torch.zeros(self._max_rows, dtype=torch.int32, device=own.device)
+        addresses = [each.data_ptr() for each in buffers]
+        self._addresses = torch.tensor(addresses, dtype=torch.int64, device=self._words.device)
+        self._turns = torch.zeros(self._max_rows, dtype=torch.int32, device=self._words.device)
 
     def takes(self, part: Tensor) -> bool:
         return part.dtype == self._dtype and len(part) <= self._max_rows and part.shape[1] == self._width

@@ -34,10 +34,11 @@ class Linear:
             self._product = torch.ops.mkldnn._linear_pointwise.default
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """The product; in ``out`` if given, which takes weights that are neither packed nor biased."""
+        """The product; in ``out`` if given, which takes weights that are not packed."""
         if out is not None:
             assert not self.packed
-            assert self.bias is None
+            if self.bias is not None:
+                return torch.addmm(self.bias, x, self.weight.t(), out=out)
             return torch.mm(x, self.weight.t(), out=out)
         if self.packed:
             return self._product(x, self.weight, self.bias, "none", [], "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,7 @@ from radix_backend.layers.ops import Ops
 
 if TYPE_CHECKING:
     from radix_backend.layers.cuda_all_reduce import CudaAllReduce
+    from radix_backend.layers.cuda_sequence_parallel import CudaSequenceParallel, Piece
 
 
 class TensorParallel:
@@ -25,23 +27,34 @@ class TensorParallel:
     def __init__(self, rank: int = 0, size: int = 1, group: ProcessGroup | None = None) -> None:
         self.rank, self.size, self._group = rank, size, group
         self._small: CudaAllReduce | None = None
+        self._many: CudaSequenceParallel | None = None
 
-    def use_one_shot(self, width: int, dtype: torch.dtype, **sizes: int) -> None:
-        """From now on make small sums of [rows, ``width``] on CUDA in one kernel; ``sizes`` are `CudaAllReduce`'s.
+    def use_peer_memory(self, width: int, dtype: torch.dtype, max_rows: int = 0, **sizes: int) -> None:
+        """From now on make sums of [rows, ``width``] on CUDA in each other's memory: small ones in one kernel, with
+        ``sizes`` as for `CudaAllReduce`, and up to ``max_rows`` by sharing the rows.
 
         To be called by all ranks, none of which makes such a sum before all have returned. Raises RuntimeError where
         GPUs cannot write each other's memory.
         """
-        from radix_backend.layers.cuda_all_reduce import CudaAllReduce, buffer_bytes
+        from radix_backend.layers import cuda_all_reduce, cuda_sequence_parallel
 
         assert self._group is not None
-        own, addresses = _shared_buffer(self._group, buffer_bytes(self.size, width, dtype))
-        self._small = CudaAllReduce(self.rank, addresses, own, width, dtype, **sizes)
+        buffers = _shared_buffers(self._group, cuda_all_reduce.buffer_bytes(self.size, width, dtype))
+        self._small = cuda_all_reduce.CudaAllReduce(self.rank, buffers, width, dtype, **sizes)
+        if max_rows >= cuda_sequence_parallel.LEAST_ROWS:
+            size = cuda_sequence_parallel.buffer_bytes(self.size, width, max_rows, dtype)
+            buffers = _shared_buffers(self._group, size)
+            buffers[self.rank].zero_()
+            self.use_shares(cuda_sequence_parallel.CudaSequenceParallel(self.rank, buffers, width, max_rows, dtype))
         torch.cuda.synchronize()
+
+    def use_shares(self, ranks: CudaSequenceParallel) -> None:
+        """From now on share the rows of the sums that ``ranks`` takes."""
+        self._many = ranks
 
     def use_nccl(self) -> None:
         """From now on make all sums through the group."""
-        self._small = None
+        self._small = self._many = None
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of all ranks' ``x`` [rows, width], which may have been overwritten. Can be captured."""
@@ -58,6 +71,27 @@ class TensorParallel:
         if self._small is not None and part.numel() and self._small.takes(part):
             return self._small.add_rms_norm(residual, part, weight, eps)
         return ops.add_rms_norm(residual, self.all_reduce(part), weight, eps)
+
+    def pieces(self, rows: int) -> list[slice]:
+        """How to cut a step of so many rows that is not captured: where into more than one, `share` takes them."""
+        if self._many is not None and self._many.takes(rows):
+            return self._many.cut(rows)
+        return [slice(0, rows)]
+
+    def share(self, residual: Tensor, normed: Tensor) -> list[Piece]:
+        """The `pieces` of a step. ``residual`` [rows, width] f32 and ``normed`` of it are whole yet."""
+        assert self._many is not None
+        return self._many.share(residual, normed)
+
+    def whole(self, residual: Tensor, pieces: Sequence[Piece], rows: Tensor | None) -> Tensor:
+        """[rows, width] all of a residual stream, or ``rows`` [rows] of it; ``residual``, of which each rank has its
+        shares of ``pieces`` alone, is overwritten."""
+        elsewhere = torch.ones(len(residual), dtype=torch.bool, device=residual.device)
+        for piece in pieces:
+            elsewhere[piece.share] = False
+        if rows is not None:
+            residual, elsewhere = residual[rows], elsewhere[rows]
+        return self.all_reduce(residual.masked_fill_(elsewhere[:, None], 0))
 
     def all_gather(self, x: Tensor) -> Tensor:
         """[size, …] of all ranks' ``x`` […], which must be contiguous. Can be captured."""
@@ -90,11 +124,13 @@ class TensorParallel:
 ALONE = TensorParallel()
 
 
-def _shared_buffer(group: ProcessGroup, size: int) -> tuple[Tensor, list[int]]:
-    """[bytes] uint8 on this rank's GPU, which the others reach over NVLink, and where all ranks' are."""
+def _shared_buffers(group: ProcessGroup, size: int) -> list[Tensor]:
+    """[ranks] memory of all ranks' GPUs, each [``size``] uint8, over NVLink but for this rank's own."""
     os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
     import torch.distributed._symmetric_memory as symmetric
 
-    buffer = symmetric.empty(size, dtype=torch.uint8, device=torch.device("cuda", torch.cuda.current_device()))
-    handle = symmetric.rendezvous(buffer, group.group_name)
-    return buffer, [handle.get_buffer(rank, (size,), torch.uint8).data_ptr() for rank in range(group.size())]
+    own = symmetric.empty(size, dtype=torch.uint8, device=torch.device("cuda", torch.cuda.current_device()))
+    handle = symmetric.rendezvous(own, group.group_name)
+    buffers = [handle.get_buffer(rank, (size,), torch.uint8) for rank in range(group.size())]
+    buffers[group.rank()] = own  # which keeps all of it
+    return buffers

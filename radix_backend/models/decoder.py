@@ -6,8 +6,9 @@ sum, which an all-reduce completes in the dtype of the products; the residual st
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,9 @@ from radix_backend.layers.rope import cos_sin_table
 from radix_backend.layers.tensor_parallel import ALONE, TensorParallel
 from radix_backend.loading.checkpoint import Part, Weights
 from radix_backend.loading.sharding import Shard
+
+if TYPE_CHECKING:
+    from radix_backend.layers.cuda_sequence_parallel import Piece
 
 Norms = tuple[Tensor, Tensor]  # of each head of q and of k, [head_dim]
 
@@ -98,13 +102,17 @@ class Decoder:
         self.rope_table = cos_sin_table(config.rope, config.head_dim, context_len).to(device)
         progress(1.0)
 
-    def forward(self, inputs: Tensor, attend: Attend, rows: Tensor | None = None) -> Hidden:
+    def forward(self, inputs: Tensor, attends: Sequence[Attend], rows: Tensor | None = None) -> Hidden:
         """``inputs``: on the first stage token ids [tokens] int32, on others the last one's `Hidden.sum`, which is
-        overwritten. ``attend`` writes a layer's KV and attends; layers are counted from this stage's first.
+        overwritten. ``attends`` [pieces] write a layer's KV and attend; layers are counted from this stage's first.
+        The pieces are `TensorParallel.pieces`: tokens attend to those of earlier pieces too.
 
         Of the last layer only the KV of all tokens is needed: with ``rows`` [rows] the result is of these tokens.
         """
         residual = self._embed(inputs) if self.shard.is_first else inputs
+        if len(attends) > 1:
+            return self._forward_pieces(residual, attends, rows)
+        (attend,) = attends
         few = self._few_rows if self._few_rows is not None and len(inputs) <= self._few_rows.max_rows else None
         if few is not None and self._tp.size == 1:
             return self._forward_few(few, residual, attend, rows)
@@ -115,10 +123,44 @@ class Decoder:
             attended = attend(index, heads, layer.qk_norm)
             if rows is not None and index == len(self._layers) - 1:
                 attended, residual = attended[rows], residual[rows]
-            x = self._add_rms_norm(residual, products.product(attended, layer.output), layer.mlp_norm)
-            part = products.product(products.gated(x, layer.gate_up), layer.down)
+            part = self._finish(layer, products, residual, attended)
         assert part is not None
         return Hidden(residual, self._tp.all_reduce(part))
+
+    def _finish(self, layer: _Layer, products: FewRows | _Products, residual: Tensor, attended: Tensor) -> Tensor:
+        """This rank's part of what the layer adds last; the rest is added to ``residual``."""
+        x = self._add_rms_norm(residual, products.product(attended, layer.output), layer.mlp_norm)
+        return products.product(products.gated(x, layer.gate_up), layer.down)
+
+    def _forward_pieces(self, residual: Tensor, attends: Sequence[Attend], rows: Tensor | None) -> Hidden:
+        """Between products the ranks share the rows: each has the residual stream of its share alone.
+
+        A piece's sums are beside products of the others: its MLP comes after the next piece's attention, and its next
+        attention after another MLP, so that there are about as many on either side.
+        """
+        eps, last = self.config.rms_norm_eps, self._layers[-1]
+        pieces = self._tp.share(residual, self._add_rms_norm(residual, None, self._layers[0].input_norm))
+        outs: list[Tensor] = []
+        waiting: tuple[Piece, _Layer, Tensor] | None = None
+        for index, layer in enumerate(self._layers):
+            for piece, attend in zip(pieces, attends, strict=True):
+                heads = layer.qkv(piece.normed()).view(len(piece.part), -1, self.config.head_dim)
+                attended = attend(index, heads, layer.qk_norm)
+                if layer is last:
+                    outs.append(attended)
+                else:
+                    layer.output(attended, piece.part)
+                    piece.add_rms_norm(layer.mlp_norm, eps)
+                if waiting is not None:
+                    self._mlp_of_piece(*waiting)
+                waiting = None if layer is last else (piece, layer, self._layers[index + 1].input_norm)
+        attended, residual = torch.cat(outs), self._tp.whole(residual, pieces, rows)
+        part = self._finish(last, _Products(self._ops), residual, attended if rows is None else attended[rows])
+        return Hidden(residual, self._tp.all_reduce(part))
+
+    def _mlp_of_piece(self, piece: Piece, layer: _Layer, next_norm: Tensor) -> None:
+        layer.down(self._ops.silu_mul(layer.gate_up(piece.normed())), piece.part)
+        piece.add_rms_norm(next_norm, self.config.rms_norm_eps)
 
     def _add_rms_norm(self, residual: Tensor, part: Tensor | None, weight: Tensor) -> Tensor:
         """``part`` [tokens, hidden] is this rank's of a sum."""

@@ -99,7 +99,7 @@ class CudaRunner:
         self._started = time.monotonic()
         free = torch.cuda.mem_get_info()[0] if self._cuda else 0
         if self._cuda:
-            ranks.use_one_shot(config, model.hidden_size, self._dtype)
+            ranks.use_peer_memory(config, model.hidden_size, self._dtype)
         self._load(config, model_dir, context_len)
         self._allocate_state(config, context_len)
         part = self._shard.part
@@ -187,7 +187,7 @@ class CudaRunner:
         """Compute the first ``rows`` decode rows: logits, or what the next stage goes on with. Can be captured."""
         batch = self._state.begin_decode(rows)
         inputs = batch.token_ids if self._shard.is_first else self._hidden[:rows]
-        hidden = self._model.forward(inputs, self._attention.decode(batch))
+        hidden = self._model.forward(inputs, [self._attention.decode(batch)])
         if self._shard.is_last:
             self._model.logits(hidden, out=self._logits[:rows])
         else:
@@ -210,8 +210,8 @@ class CudaRunner:
         if self._ranks.pipeline is not None and not self._shard.is_first:
             shape = (len(inputs), self._shard.model.hidden_size)
             inputs = self._ranks.pipeline.receive_hidden(torch.empty(shape, device=self._device))
-        attend = self._attention.extend(prefill.batch)
-        return self._model.forward(inputs, attend, None if whole else prefill.sampled)
+        attends = [self._attention.extend(batch, piece) for piece, batch in enumerate(prefill.pieces)]
+        return self._model.forward(inputs, attends, None if whole else prefill.sampled)
 
     def _sample_into(self, logits: Tensor, slots: Tensor, first: int) -> None:
         """Sample ``logits`` [rows, vocabulary] for ``slots`` [rows] into the step's tokens from ``first`` on."""
@@ -287,6 +287,7 @@ class CudaRunner:
             device,
             max_steps=steps,
             max_decode=self._max_decode,
+            pieces=tp.pieces,
             has_all_logits=tp.size == 1,
         )
         self._sampler = CudaSampler(max_bs, part.vocab_size, device, self._shard.vocabulary.start, tp)
@@ -337,10 +338,13 @@ class CudaRunner:
         zeros = torch.zeros_like(padding)
         none = torch.zeros(0, 5, dtype=torch.int32, device=self._device)
         chunks = Chunks(np.empty(0, np.int32), np.empty(0, np.int32), none, none)
-        attend = self._attention.extend(PrefillBatch(positions=zeros, slots=padding, tiles=none, chunks=chunks))
+        attends = [
+            self._attention.extend(PrefillBatch(zeros[rows], padding[rows], none, chunks), piece)
+            for piece, rows in enumerate(self._ranks.tp.pieces(tokens))
+        ]
         shape = (tokens, self._shard.model.hidden_size)
         inputs = zeros if self._shard.is_first else torch.zeros(shape, device=self._device)
-        hidden = self._model.forward(inputs, attend)
+        hidden = self._model.forward(inputs, attends)
         if self._shard.is_last:
             logits = self._model.logits(hidden, zeros[: self._max_bs])
             self._sample_into(logits, padding[: self._max_bs], 0)

@@ -6,7 +6,7 @@ tokens each slot has, and whose sampling is special.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from radix_backend.attention.cuda import Chunks, DecodeBatch, PrefillBatch
 from radix_backend.attention.cuda_decode import CASCADE_ROWS, DecodeTiles
-from radix_backend.attention.cuda_extend import tiles
+from radix_backend.attention.cuda_extend import cut, tiles
 from radix_backend.attention.shared_prefix import SharedPrefixes, shared_prefixes
 from radix_backend.sampling.cuda import LOG_MIN_P, SEED_HIGH, SEED_LOW, SETTINGS, TEMPERATURE, TOP_K, TOP_P
 from radix_backend.sampling.noise import seed_keys
@@ -32,7 +32,10 @@ _MIN_SHARED = 64  # tokens; a shorter prefix is not worth a tile
 
 @dataclass(frozen=True)
 class Prefill:
-    batch: PrefillBatch
+    positions: Tensor  # [tokens] int32
+    slots: Tensor  # [tokens] int32
+    chunks: Chunks
+    pieces: list[PrefillBatch]  # of the tokens, one after the other
     sampled: Tensor  # [sampling chunks] int32: index of the token whose logits are sampled
     sample_slots: Tensor  # [sampling chunks] int32
     special: SpecialRows | None
@@ -95,12 +98,15 @@ class DeviceState:
         device: torch.device,
         max_steps: int = 4,
         max_decode: int | None = None,
+        pieces: Callable[[int], list[slice]] = lambda tokens: [slice(0, tokens)],
         has_all_logits: bool = True,
     ) -> None:
         """``tile_tokens``: of the tiles that chunks are cut into for attention; ``tile_rows``: of those of decodes.
         ``max_steps``: in flight, and the one being staged. ``max_decode``: decode rows of a step, by default max_bs.
+        ``pieces``: of so many tokens of prefill, by default one.
         ``has_all_logits``: no other rank has a part of them."""
         self._page_size, self._tile_tokens, self._tile_rows = page_size, tile_tokens, tile_rows
+        self._pieces = pieces
         self._staging = Staging(_STAGING_WORDS, device, max_steps)
 
         def zeros(*shape: int) -> Tensor:
@@ -211,9 +217,8 @@ class DeviceState:
 
     def begin_prefill(self, prefill: Prefill) -> Tensor:
         """Advance the chunks; returns their token ids [tokens] int32."""
-        chunks = prefill.batch.chunks
-        self.lengths[chunks.device_slots] = chunks.device_lengths
-        return self.token_ids[prefill.batch.slots, prefill.batch.positions]
+        self.lengths[prefill.chunks.device_slots] = prefill.chunks.device_lengths
+        return self.token_ids[prefill.slots, prefill.positions]
 
     # ── what is staged ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -235,20 +240,27 @@ class DeviceState:
         slots, counts, sample = plan.slots[rows], plan.num_tokens[rows], plan.sample[rows]
         ends = np.cumsum(counts, dtype=np.int32)
         firsts = ends - counts
-        positions = np.arange(ends[-1], dtype=np.int32) - np.repeat(firsts - cached, counts)
-        lengths = cached + counts
-        batch = PrefillBatch(
-            positions=put(positions),
-            slots=put(np.repeat(slots, counts)),
-            tiles=put(tiles(firsts, counts, slots, cached, self._tile_tokens)),
-            chunks=Chunks(counts, lengths, put(slots), put(lengths)),
-        )
+        positions = put(np.arange(ends[-1], dtype=np.int32) - np.repeat(firsts - cached, counts))
+        by_token = put(np.repeat(slots, counts))
+        pieces = []
+        for tokens in self._pieces(int(ends[-1])):
+            chosen, begins, num_tokens = cut(firsts, ends, tokens)
+            before = cached[chosen] + begins - firsts[chosen]
+            tile_list = tiles(begins - tokens.start, num_tokens, slots[chosen], before, self._tile_tokens)
+            chunks = self._put_chunks(slots[chosen], num_tokens, before + num_tokens)
+            pieces.append(PrefillBatch(positions[tokens], by_token[tokens], put(tile_list), chunks))
         return Prefill(
-            batch=batch,
+            positions=positions,
+            slots=by_token,
+            chunks=pieces[0].chunks if len(pieces) == 1 else self._put_chunks(slots, counts, cached + counts),
+            pieces=pieces,
             sampled=put(ends[sample] - 1),
             sample_slots=put(slots[sample]),
             special=self._put_special(slots[sample]),
         )
+
+    def _put_chunks(self, slots: Ints, num_tokens: Ints, lengths: Ints) -> Chunks:
+        return Chunks(num_tokens, lengths, self._staging.put(slots), self._staging.put(lengths))
 
     def _put_places(self, step: DeviceStep) -> Tensor:
         """[3, rows]: where the step's tokens belong and which they are, but for slots that have other requests now."""

@@ -67,7 +67,7 @@ def _measure(ranks: Ranks) -> None:
             ("two-shot", {"one_shot_bytes": 0}),
             ("", {}),
         ):
-            tp.use_one_shot(_WIDTH, torch.bfloat16, **sizes)
+            tp.use_peer_memory(_WIDTH, torch.bfloat16, **sizes)
             dist.barrier()
             if name:
                 columns[name] = _times(tp, device)

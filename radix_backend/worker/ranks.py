@@ -53,15 +53,15 @@ class Ranks:
         dist.all_reduce(values, dist.ReduceOp.MIN)
         return int(values)
 
-    def use_one_shot(self, config: EngineConfig, width: int, dtype: torch.dtype) -> None:
-        """Make small sums of [rows, ``width``] on CUDA in one kernel, on all ranks or on none, as ``all_reduce`` says.
+    def use_peer_memory(self, config: EngineConfig, width: int, dtype: torch.dtype) -> None:
+        """Make sums of [rows, ``width``] in other GPUs' memory, on all ranks or on none, as ``all_reduce`` says.
 
         Raises Unavailable where it says so and GPUs cannot.
         """
         if self.tp.size == 1 or config.all_reduce == "nccl" or not self.tp_on_one_host:
             return
         try:
-            self.tp.use_one_shot(width, dtype)
+            self.tp.use_peer_memory(width, dtype, config.max_batched_tokens or 0)
             why = ""
         except RuntimeError as error:
             why = str(error)

@@ -175,7 +175,7 @@ class Runner:
         if pipeline is not None and not shard.is_first:
             inputs = pipeline.receive_hidden(torch.empty(len(inputs), shard.model.hidden_size, device=self._device))
         with record_function("forward"):
-            hidden = self._model.forward(inputs, attend)
+            hidden = self._model.forward(inputs, [attend])
         if pipeline is not None and not shard.is_last:
             pipeline.send_hidden(hidden.sum())
             if shard.is_first:

@@ -1,6 +1,7 @@
 """Every attention of the CUDA worker against plain torch in f64: on a GPU, or in Triton's interpreter."""
 
 import importlib.util
+import itertools
 import sys
 
 import numpy as np
@@ -11,7 +12,7 @@ from tests.cuda import DEVICE, on_gpu  # isort: skip
 from radix_backend.attention.cuda import AttentionSetup, Chunks, DecodeBatch, PrefillBatch
 from radix_backend.attention.cuda_backends import Backends, cuda_attention, resolve_backends
 from radix_backend.attention.cuda_decode import DecodeTiles
-from radix_backend.attention.cuda_extend import tile_tokens, tiles
+from radix_backend.attention.cuda_extend import cut, tile_tokens, tiles
 from radix_backend.errors import InvalidArgument, Unsupported
 from radix_backend.layers.rope import cos_sin_table
 from radix_backend.loading.model_config import Rope
@@ -88,9 +89,18 @@ def test_decode_equals_torch(name, dtype, shape, page_size):
 
 @pytest.mark.parametrize("page_size", [1, 16])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("chunks", [[(1, 0)], [(150, 0)], [(3, 40), (1, 99), (70, 16), (129, 1)]])
+@pytest.mark.parametrize(
+    ("chunks", "cuts"),
+    [
+        ([(1, 0)], []),
+        ([(150, 0)], []),
+        ([(150, 0)], [50, 82]),
+        ([(3, 40), (1, 99), (70, 16), (129, 1)], []),
+        ([(3, 40), (1, 99), (70, 16), (129, 1)], [4, 100]),
+    ],
+)
 @pytest.mark.parametrize(("name", "dtype"), KINDS)
-def test_extend_equals_torch(name, dtype, chunks, shape, page_size):
+def test_extend_equals_torch(name, dtype, chunks, cuts, shape, page_size):
     if DEVICE == "cpu" and shape != SHAPES[0]:
         pytest.skip("slow in the interpreter")
     counts, cached = torch.tensor(chunks, dtype=torch.int32).T.numpy()
@@ -98,15 +108,21 @@ def test_extend_equals_torch(name, dtype, chunks, shape, page_size):
     case = Case(name, dtype, shape, lengths.tolist(), page_size)
     slots = np.arange(len(chunks), dtype=np.int32)
     positions = np.concatenate([np.arange(before, before + count) for count, before in chunks])
-    todo = tiles(firsts, counts, slots, cached, tile_tokens(dtype, shape[0] // shape[1]))
-    batch = PrefillBatch(
-        positions=ints(*positions.tolist()),
-        slots=ints(*np.repeat(slots, counts).tolist()),
-        tiles=torch.from_numpy(todo).to(DEVICE),
-        chunks=Chunks(counts, lengths, ints(*slots.tolist()), ints(*lengths.tolist())),
-    )
     heads = case.projections(int(counts.sum()))
-    out = case.attention.extend(batch)(0, heads, None).view(len(heads), shape[0], -1)
+    attends, pieces = [], list(itertools.pairwise([0, *cuts, len(heads)]))
+    for piece, (start, stop) in enumerate(pieces):
+        chosen, begins, taken = cut(firsts, firsts + counts, slice(start, stop))
+        before, ours = cached[chosen] + begins - firsts[chosen], slots[chosen]
+        todo = tiles(begins - start, taken, ours, before, tile_tokens(dtype, shape[0] // shape[1]))
+        batch = PrefillBatch(
+            positions=ints(*positions[start:stop].tolist()),
+            slots=ints(*np.repeat(ours, taken).tolist()),
+            tiles=torch.from_numpy(todo).to(DEVICE),
+            chunks=Chunks(taken, before + taken, ints(*ours.tolist()), ints(*(before + taken).tolist())),
+        )
+        attends.append(case.attention.extend(batch, piece))
+    parts = [attend(0, heads[slice(*rows)], None) for attend, rows in zip(attends, pieces, strict=True)]
+    out = torch.cat(parts).view(len(heads), shape[0], -1)
     for slot, (count, before) in enumerate(chunks):
         rows = slice(int(firsts[slot]), int(firsts[slot]) + count)
         q = heads[rows, : case.heads]

@@ -36,9 +36,8 @@ def rank_of(
     buffers = [
         torch.frombuffer(memory.buf, dtype=torch.uint8)[: buffer_bytes(size, WIDTH, dtype)] for memory in memories
     ]
-    addresses = [each.data_ptr() for each in buffers]
     sizes = {"one_shot_bytes": 0} if two_shot else {}
-    reduce = CudaAllReduce(rank, addresses, buffers[rank], WIDTH, dtype, **sizes)
+    reduce = CudaAllReduce(rank, buffers, WIDTH, dtype, **sizes)
     barrier.wait()
     weight, residual = torch.linspace(0.5, 2.0, WIDTH).to(dtype), torch.ones(max(CALLS), WIDTH)
     outs = []

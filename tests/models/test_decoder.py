@@ -26,7 +26,7 @@ def logits(directory, token_ids, dtype=torch.float32, sampled=None, ops=None):
         model = Decoder(Shard(config), Checkpoint(directory), dtype, context_len=256, ops=ops or TorchOps())
         sampled = torch.arange(len(token_ids)) if sampled is None else sampled
         positions = torch.arange(len(token_ids), dtype=torch.int32)
-        return model.logits(model.forward(torch.tensor(token_ids), attend), sampled)
+        return model.logits(model.forward(torch.tensor(token_ids), [attend]), sampled)
 
 
 @pytest.mark.parametrize("ops", [TorchOps(), CompiledOps(torch.float32)], ids=["torch", "compiled"])

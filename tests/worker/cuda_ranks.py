@@ -26,6 +26,8 @@ from tests.engine.sim import SimEngine
 from tests.worker.cuda_worker import prompt
 from tests.worker.test_parallel import WAYS, streams
 
+LONG = {"context_len": 2048, "kv_cache_memory": 2**27, "max_batched_tokens": 12288}  # the settings of `long`
+LONG_PAGES = 1024
 HANG_SECONDS = 300.0  # the interpreter takes minutes
 
 
@@ -44,7 +46,15 @@ def some(made: Worker, pp_size: int) -> list[list[int]]:
     return few(made, pp_size, 20)
 
 
-WORK: dict[str, Callable[[Worker, int], Any]] = {each.__name__: each for each in (few, some, many)}
+def long(made: Worker, pp_size: int) -> list[list[int]]:
+    """Prompts of which steps are full."""
+    engine = SimEngine(LONG_PAGES, 16, 8, LONG["max_batched_tokens"], worker=made, pp_size=pp_size)
+    requests = [engine.add(prompt(1000 + 41 * i, i), 12, **WAYS[i % len(WAYS)]) for i in range(12)]
+    engine.run(pp_size + 1)
+    return [engine.outputs[request] for request in requests]
+
+
+WORK: dict[str, Callable[[Worker, int], Any]] = {each.__name__: each for each in (few, some, many, long)}
 
 
 def on_ranks(work: Callable[[Worker, int], Any], config: EngineConfig, directory: Path) -> Any:

@@ -1,9 +1,14 @@
 """What is special about rows, in Triton's interpreter or on a GPU."""
 
+import itertools
+
 import numpy as np
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.cuda import DEVICE, on_gpu  # isort: skip
+from radix_backend.attention.cuda_extend import cut
 from radix_backend.sampling_params import SamplingParams
 from radix_backend.worker.device_state import DeviceState
 from radix_backend.worker.interface import NewRequest, StepPlan
@@ -38,3 +43,43 @@ def test_penalties_and_log_probabilities_are_special_to_the_end():
     assert steps_that_are_special(4, min_tokens=1, presence_penalty=0.5) == [True] * 4
     assert steps_that_are_special(4, logprobs=1) == [True] * 4
     assert steps_that_are_special(4) == [False] * 4
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.sets(st.integers(1, 30), max_size=4))
+def test_pieces_of_chunks_are_the_chunks(counts, cuts):
+    num_tokens = np.array(counts, np.int32)
+    ends = num_tokens.cumsum(dtype=np.int32)
+    bounds = [0, *sorted(each for each in cuts if each < ends[-1]), int(ends[-1])]
+    found = []
+    for start, stop in itertools.pairwise(bounds):
+        chosen, begins, taken = cut(ends - num_tokens, ends, slice(start, stop))
+        assert begins[0] == start
+        assert taken.sum() == stop - start
+        for chunk, begin, count in zip(chosen, begins, taken, strict=True):
+            found += [(chunk, token) for token in range(begin, begin + count)]
+    assert found == [(chunk, token) for token, chunk in enumerate(np.repeat(np.arange(len(counts)), counts))]
+
+
+def test_a_step_in_pieces_is_the_whole_step():
+    def halves(tokens):
+        return [slice(0, tokens // 2), slice(tokens // 2, tokens)]
+
+    state = DeviceState(2, 64, 16, 4, 8, torch.device(DEVICE), pieces=halves)
+    params = SamplingParams(seed=0, max_tokens=20)
+    new = [NewRequest(slot, np.arange(count, dtype=np.int32), count, 0, params) for slot, count in ((1, 5), (0, 9))]
+    slots, tokens, every = np.array([1, 0], np.int32), np.array([5, 9], np.int32), np.ones(2, np.bool_)
+    prefill = state.stage(StepPlan(0, new, slots=slots, num_tokens=tokens, sample=every)).prefill
+    assert prefill.positions.tolist() == [*range(5), *range(9)]
+    assert prefill.slots.tolist() == [1] * 5 + [0] * 9
+    assert (prefill.chunks.num_tokens.tolist(), prefill.chunks.lengths.tolist()) == ([5, 9], [5, 9])
+    assert prefill.sampled.tolist() == [4, 13]
+    first, second = prefill.pieces
+    assert (first.positions.tolist(), first.slots.tolist()) == ([*range(5), 0, 1], [1] * 5 + [0] * 2)
+    assert (second.positions.tolist(), second.slots.tolist()) == ([*range(2, 9)], [0] * 7)
+    assert (first.chunks.num_tokens.tolist(), first.chunks.lengths.tolist()) == ([5, 2], [5, 2])
+    assert (second.chunks.num_tokens.tolist(), second.chunks.lengths.tolist()) == ([7], [9])
+    # First token of the piece, number of tokens, end of its KV, slot, KV before it.
+    assert sorted(first.tiles.tolist()) == [[0, 4, 4, 1, 0], [4, 1, 5, 1, 4], [5, 2, 2, 0, 0]]
+    assert sorted(second.tiles.tolist()) == [[0, 4, 6, 0, 2], [4, 3, 9, 0, 6]]
+    assert second.chunks.device_slots.tolist() == [0]
+    assert second.chunks.device_lengths.tolist() == [9]

@@ -11,8 +11,9 @@ import torch
 
 from tests.cuda import DEVICE, on_gpu  # isort: skip
 from radix_backend.config import EngineConfig
+from radix_backend.layers.cuda_sequence_parallel import LEAST_ROWS
 from tests.models.tiny import save_tiny
-from tests.worker.cuda_ranks import few, many, on_ranks, some
+from tests.worker.cuda_ranks import LONG, few, long, many, on_ranks, some
 from tests.worker.cuda_worker import MODES, worker
 
 LAYOUTS = [(2, 1), (1, 2), (2, 2), (4, 1), (1, 4)]
@@ -23,16 +24,17 @@ pytestmark = on_gpu
 
 
 def settings(tp_size: int, pp_size: int, mode: str, **others: Any) -> EngineConfig:
-    sizes = {"max_bs": 8, "context_len": 256, "kv_cache_memory": 2**22, "max_batched_tokens": 64}
+    sizes = {"max_bs": 8, "context_len": 256, "kv_cache_memory": 2**22, "max_batched_tokens": 64, **others}
     layout = {"tp_size": tp_size, "pp_size": pp_size}
-    return EngineConfig(dtype="float32", enforce_eager=mode == "eager", **layout, **sizes, **others).on_device("cuda")
+    return EngineConfig(dtype="float32", enforce_eager=mode == "eager", **layout, **sizes).on_device("cuda")
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Heads and KV heads for four ranks.
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 4}
-    return save_tiny(tmp_path_factory.mktemp("tiny"), "qwen3-biased", seed=11, **heads)
+    sizes = {"max_position_embeddings": LONG["context_len"], **heads}
+    return save_tiny(tmp_path_factory.mktemp("tiny"), "qwen3-biased", seed=11, **sizes)
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="takes minutes in the interpreter")
@@ -65,3 +67,14 @@ def test_both_kinds_of_all_reduce_give_one_stream(model: Path, all_reduce: str) 
     with worker(model, "graphs", context_len=256) as alone:
         expected = some(alone, 1)
     assert on_ranks(some, settings(2, 1, "graphs", all_reduce=all_reduce), model) == expected
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="takes minutes in the interpreter")
+@pytest.mark.parametrize(("tp_size", "pp_size"), [(2, 1), (2, 2), (4, 1)])
+def test_ranks_share_the_rows_of_long_prompts(model: Path, tp_size: int, pp_size: int) -> None:
+    assert LONG["max_batched_tokens"] >= LEAST_ROWS
+    if tp_size * pp_size > GPUS:
+        pytest.skip(f"needs {tp_size * pp_size} GPUs")
+    with worker(model, "graphs", **LONG) as alone:
+        expected = long(alone, 1)
+    assert on_ranks(long, settings(tp_size, pp_size, "graphs", **LONG), model) == expected
