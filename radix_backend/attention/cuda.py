@@ -67,7 +67,11 @@ class AttentionSetup:
 
 
 class CudaAttention:
-    """Every layer writes the KV of all its tokens before any of them attends (see `AttentionBackend`)."""
+    """Every layer writes the KV of all tokens of a batch before any of them attends (see `AttentionBackend`).
+
+    Where a step's chunks are cut into several batches, a chunk may read pages that its own or an earlier one fills:
+    `DeviceState.stage` puts them in that order.
+    """
 
     def __init__(self, pool: KVPool, setup: AttentionSetup) -> None:
         self.pool = pool  # until launches are captured, one with another number of pages may take its place

@@ -111,6 +111,7 @@ class Piece:
         ranks, product = self._ranks, self._current.mark()
         copying, adding = ranks.copying, ranks.adding
         self._sum = ranks.sums[self._number] = ranks.sums[self._number] + 1
+        self._whole = self._normed  # whose products have been launched
         copying.follow(product)
         copying.copy(self._sending)
         copying.write(self._parts_sent, self._sum)

@@ -151,6 +151,11 @@ class DeviceState:
         decodes = plan.sample & (plan.num_tokens == 1) & ~np.isin(plan.slots, new_slots)
         decodes &= np.cumsum(decodes) <= self._max_decode  # the ends of prompts may be more than a microbatch's share
         decode_rows, chunk_rows = np.flatnonzero(decodes), np.flatnonzero(~decodes)
+        # Only new requests read pages of their own step, of older requests or of new ones before them. A piece can read
+        # what it and earlier pieces write, so chunks lie in that order.
+        turns = np.zeros(len(self._entered), np.int64)
+        turns[new_slots] = np.arange(1, len(new_slots) + 1)
+        chunk_rows = chunk_rows[np.argsort(turns[plan.slots[chunk_rows]], kind="stable")]
         decode_rows = decode_rows[self._arrange(plan, plan.slots[decode_rows])]
         self._staging.put(self._rows.words)
         deltas = self._put_deltas(plan)
@@ -169,6 +174,9 @@ class DeviceState:
             target.copy_(staged)
         sampled = np.concatenate([decode_rows, chunk_rows[plan.sample[chunk_rows]]])
         sample_slots = plan.slots[sampled]
+        ends = np.cumsum(plan.num_tokens[chunk_rows])
+        in_plan = np.argsort(chunk_rows)  # what is scored is reported in the order of the plan
+        planned = chunk_rows[in_plan]
         return DeviceStep(
             number=plan.step,
             num_decode=len(decode_rows),
@@ -178,7 +186,7 @@ class DeviceState:
             order=np.argsort(sampled),
             special=special,
             scored=self._prompt_scores.spans(
-                plan.slots[chunk_rows], cached[chunk_rows], plan.num_tokens[chunk_rows], self.token_ids
+                plan.slots[planned], cached[planned], plan.num_tokens[planned], ends[in_plan], self.token_ids
             ),
         )
 

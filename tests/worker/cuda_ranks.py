@@ -47,9 +47,10 @@ def some(made: Worker, pp_size: int) -> list[list[int]]:
 
 
 def long(made: Worker, pp_size: int) -> list[list[int]]:
-    """Prompts of which steps are full."""
+    """Prompts that fill steps. The longest of the first is there twice: the second reads its pages, but for a token."""
     engine = SimEngine(LONG_PAGES, 16, 8, LONG["max_batched_tokens"], worker=made, pp_size=pp_size)
-    requests = [engine.add(prompt(1000 + 41 * i, i), 12, **WAYS[i % len(WAYS)]) for i in range(12)]
+    lengths = [*(1100 + 40 * i for i in range(6)), 1409, 1409, *(1420 + 40 * i for i in range(5))]
+    requests = [engine.add(prompt(length, length), 12, **WAYS[i % len(WAYS)]) for i, length in enumerate(lengths)]
     engine.run(pp_size + 1)
     return [engine.outputs[request] for request in requests]
 

@@ -12,6 +12,7 @@ from radix_backend.attention.cuda_extend import cut
 from radix_backend.sampling_params import SamplingParams
 from radix_backend.worker.device_state import DeviceState
 from radix_backend.worker.interface import NewRequest, StepPlan
+from tests.engine.sim import SimEngine
 
 pytestmark = on_gpu
 
@@ -83,3 +84,28 @@ def test_a_step_in_pieces_is_the_whole_step():
     assert sorted(second.tiles.tolist()) == [[0, 4, 6, 0, 2], [4, 3, 9, 0, 6]]
     assert second.chunks.device_slots.tolist() == [0]
     assert second.chunks.device_lengths.tolist() == [9]
+
+
+def test_whoever_fills_a_page_comes_before_its_readers():
+    """The scheduler puts single tokens first, such as the last one of a prompt that equals another's."""
+    state = DeviceState(8, 64, 16, 4, 8, torch.device(DEVICE), pieces=lambda tokens: [slice(0, 20), slice(20, tokens)])
+    engine = SimEngine(num_pages=20, page_size=16, max_bs=8, budget=100)
+    other = [engine.add(list(range(10 * i, 10 * i + 9)), 1) for i in range(1, 3)]
+    prompt = list(range(33))
+    writer, reader = (engine.add(prompt, 1, temperature=0.0, prompt_logprobs=scored) for scored in (1, None))
+    scored = engine.add([*range(32), 45], 1, temperature=0.0, prompt_logprobs=1)  # as if alone: it reads no cached page
+    plan = engine.scheduler.schedule()
+    by_id = {each: request.slot for each, request in engine.scheduler.requests.items()}
+    assert plan.num_tokens[0] == 1
+    assert plan.slots[0] == by_id[reader]
+    step = state.stage(plan)
+    slots = step.prefill.slots.tolist()
+    assert slots.index(by_id[reader]) > len(slots) - 1 - slots[::-1].index(by_id[writer])
+    assert {by_id[each] for each in (*other, writer, scored)} <= set(slots)
+    ends = np.cumsum([len(list(group)) for _, group in itertools.groupby(slots)])
+    assert step.prefill.sampled.tolist() == (ends - 1).tolist()
+    assert step.sample_slots[step.order].tolist() == plan.slots[plan.sample].tolist()
+    # What is scored comes in the order of the plan, from where it lies.
+    wanted = [slot for slot in plan.slots.tolist() if slot in (by_id[writer], by_id[scored])]
+    assert [slots[span.tokens.start] for span in step.scored] == wanted
+    assert [set(slots[span.tokens.start : span.tokens.stop]) for span in step.scored] == [{slot} for slot in wanted]
