@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -66,11 +67,7 @@ class CudaQueue:
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self._stream, self._handle = stream, stream.cuda_stream
         self._event = torch.cuda.Event()
-        driver = ctypes.CDLL("libcuda.so.1")
-        self._batch = driver.cuStreamBatchMemOp_v2
-        self._batch.argtypes = (ctypes.c_void_p, ctypes.c_uint, ctypes.c_void_p, ctypes.c_uint)
-        self._memcpy = driver.cuMemcpyDtoDAsync_v2
-        self._memcpy.argtypes = (ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p)
+        self._batch, self._memcpy = _driver()
 
     @classmethod
     def current(cls) -> CudaQueue:
@@ -110,6 +107,16 @@ class CudaQueue:
             kernel(*arguments)
         finally:
             torch.cuda.set_stream(before)
+
+
+@cache
+def _driver() -> tuple[Callable[..., int], Callable[..., int]]:
+    """cuStreamBatchMemOp and cuMemcpyDtoDAsync."""
+    driver = ctypes.CDLL("libcuda.so.1")
+    batch, memcpy = driver.cuStreamBatchMemOp_v2, driver.cuMemcpyDtoDAsync_v2
+    batch.argtypes = (ctypes.c_void_p, ctypes.c_uint, ctypes.c_void_p, ctypes.c_uint)
+    memcpy.argtypes = (ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p)
+    return batch, memcpy
 
 
 def _check(status: int) -> None:

@@ -49,7 +49,7 @@ class CudaSequenceParallel:
         Raises RuntimeError where the GPU cannot wait for its memory.
         """
         self.rank, self.size, self.max_rows = rank, len(buffers), max_rows
-        self.current = queue or CudaQueue.current
+        self._current = queue or CudaQueue.current
         make = queue or CudaQueue.beside
         self.copying, self.adding = make(), make()
         self.parts = torch.empty(max_rows, width, dtype=dtype, device=buffers[rank].device)
@@ -71,8 +71,9 @@ class CudaSequenceParallel:
     def share(self, residual: Tensor, normed: Tensor) -> list[Piece]:
         """The pieces of a step. ``residual`` [rows, width] f32 and ``normed`` of it are whole yet. Can not be captured:
         counters go on."""
-        pieces = self.cut(len(residual))
-        return [Piece(self, number, rows, residual, normed) for number, rows in enumerate(pieces)]
+        current = self._current()
+        pieces = enumerate(self.cut(len(residual)))
+        return [Piece(self, number, rows, residual, normed, current) for number, rows in pieces]
 
     def counter(self, at: int, sender: int, piece: int, results: bool) -> int:
         """Address, in rank ``at``'s memory, of the last sum of which ``sender`` has sent its part, or the results."""
@@ -82,11 +83,20 @@ class CudaSequenceParallel:
 class Piece:
     """Some rows of a step: a product writes ``part``, `add_rms_norm` begins its sum, and `normed` waits for that."""
 
-    def __init__(self, ranks: CudaSequenceParallel, number: int, rows: slice, residual: Tensor, normed: Tensor) -> None:
+    def __init__(
+        self,
+        ranks: CudaSequenceParallel,
+        number: int,
+        rows: slice,
+        residual: Tensor,
+        normed: Tensor,
+        current: Queue,
+    ) -> None:
+        """``current``: where products are queued."""
         own, size = ranks.rank, ranks.size
         self.rows, self.part = rows, ranks.parts[rows]
-        self._ranks, self._number, self._current = ranks, number, ranks.current()
-        self._whole, self._normed = normed[rows], ranks.normed[own][rows]
+        self._ranks, self._number, self._current = ranks, number, current
+        self._normed, self._results = normed[rows], ranks.normed[own][rows]
         self._sum = 0
         count = rows.stop - rows.start
         bounds = [rows.start + count * rank // size for rank in range(size + 1)]
@@ -110,8 +120,8 @@ class Piece:
         """Begin `Ops.add_rms_norm` of the sum of all ranks' ``part``."""
         ranks, product = self._ranks, self._current.mark()
         copying, adding = ranks.copying, ranks.adding
-        self._sum = ranks.sums[self._number] = ranks.sums[self._number] + 1
-        self._whole = self._normed  # whose products have been launched
+        ranks.sums[self._number] += 1
+        self._sum, self._normed = ranks.sums[self._number], self._results
         copying.follow(product)
         copying.copy(self._sending)
         copying.write(self._parts_sent, self._sum)
@@ -125,9 +135,8 @@ class Piece:
 
     def normed(self) -> Tensor:
         """[rows, width] for the products that are launched next."""
-        if not self._sum:
-            return self._whole
-        self._current.wait(self._results_come, self._sum)
+        if self._sum:
+            self._current.wait(self._results_come, self._sum)
         return self._normed
 
 
