@@ -5,8 +5,6 @@ On GPUs tests/worker/test_parallel_cuda.py has them.
 
 from __future__ import annotations
 
-import multiprocessing
-from multiprocessing.shared_memory import SharedMemory
 from typing import Any
 
 import pytest
@@ -15,6 +13,7 @@ import torch
 from tests.cuda import DEVICE, on_gpu  # isort: skip
 from radix_backend.layers.cuda_all_reduce import CudaAllReduce, buffer_bytes
 from radix_backend.layers.cuda_ops import CudaOps
+from tests.layers.shared_memory import run_ranks
 
 WIDTH, EPS = 24, 1e-6
 CALLS = [3, 1, 4, 4, 2, 1, 4, 3]  # rows
@@ -28,14 +27,7 @@ def part(rank: int, call: int, dtype: torch.dtype) -> torch.Tensor:
     return x.to(dtype)
 
 
-def rank_of(
-    rank: int, size: int, names: list[str], dtype: torch.dtype, two_shot: bool, barrier: Any, found: Any
-) -> None:
-    torch.set_num_threads(1)
-    memories = [SharedMemory(name) for name in names]
-    buffers = [
-        torch.frombuffer(memory.buf, dtype=torch.uint8)[: buffer_bytes(size, WIDTH, dtype)] for memory in memories
-    ]
+def sums(rank: int, buffers: list[torch.Tensor], barrier: Any, dtype: torch.dtype, two_shot: bool) -> tuple[Any, Any]:
     sizes = {"one_shot_bytes": 0} if two_shot else {}
     reduce = CudaAllReduce(rank, buffers, WIDTH, dtype, **sizes)
     barrier.wait()
@@ -46,31 +38,13 @@ def rank_of(
         assert reduce.takes(mine)
         outs.append(reduce.sum(mine).float().numpy())
         outs.append(reduce.add_rms_norm(residual[:rows], mine, weight, EPS).float().numpy())
-    found.put((rank, outs, residual.numpy()))
-    barrier.wait()
+    return outs, residual.numpy()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(("size", "two_shot"), [(2, False), (3, False), (3, True)])
 def test_all_ranks_get_the_sum(size: int, two_shot: bool, dtype: torch.dtype) -> None:
-    context = multiprocessing.get_context("spawn")
-    barrier, found = context.Barrier(size), context.Queue()
-    memories = [SharedMemory(create=True, size=buffer_bytes(size, WIDTH, dtype)) for _ in range(size)]
-    names = [memory.name for memory in memories]
-    try:
-        ranks = [
-            context.Process(target=rank_of, args=(rank, size, names, dtype, two_shot, barrier, found))
-            for rank in range(size)
-        ]
-        for process in ranks:
-            process.start()
-        results = {rank: (outs, residual) for rank, outs, residual in (found.get(timeout=300) for _ in ranks)}
-        for process in ranks:
-            process.join()
-    finally:
-        for memory in memories:
-            memory.close()
-            memory.unlink()
+    results = run_ranks(size, buffer_bytes(size, WIDTH, dtype), sums, dtype, two_shot)
     weight, residual = torch.linspace(0.5, 2.0, WIDTH).to(dtype), torch.ones(max(CALLS), WIDTH)
     close = {"rtol": 2e-2 if dtype != torch.float32 else 1e-5, "atol": 2e-2 if dtype != torch.float32 else 1e-5}
     for call, rows in enumerate(CALLS):

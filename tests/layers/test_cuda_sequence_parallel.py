@@ -6,11 +6,8 @@ On GPUs tests/worker/test_parallel_cuda.py has them.
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
 import time
-import traceback
 from collections.abc import Callable, Sequence
-from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +25,7 @@ from radix_backend.layers.tensor_parallel import TensorParallel
 from radix_backend.loading import Shard, read_model_config
 from radix_backend.loading.checkpoint import Checkpoint
 from radix_backend.models.decoder import Decoder, Hidden
+from tests.layers.shared_memory import run_ranks
 from tests.models.tiny import VOCAB, save_tiny
 
 WIDTH, MAX_ROWS, EPS = 24, 1200, 1e-6
@@ -63,43 +61,6 @@ class Inline:
         kernel(*arguments)
 
 
-def run_ranks(size: int, length: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What ``work`` gives on each rank, with shared memories of ``length`` bytes."""
-    context = multiprocessing.get_context("spawn")
-    found = context.Queue()
-    memories = [SharedMemory(create=True, size=length) for _ in range(size)]
-    names = [memory.name for memory in memories]
-    try:
-        ranks = [
-            context.Process(target=_rank, args=(rank, names, length, found, work, *arguments)) for rank in range(size)
-        ]
-        for process in ranks:
-            process.start()
-        results = {}
-        for _ in ranks:
-            rank, results[rank], error = found.get(timeout=300)
-            assert error is None, error
-        for process in ranks:
-            process.join()
-    finally:
-        for memory in memories:
-            memory.close()
-            memory.unlink()
-    return [results[rank] for rank in range(size)]
-
-
-def _rank(rank: int, names: list[str], length: int, found: Any, work: Callable[..., Any], *arguments: Any) -> None:
-    torch.set_num_threads(1)
-    cuda_sequence_parallel.LEAST_ROWS = STEPS[0]
-    memories = [SharedMemory(name) for name in names]
-    buffers = [torch.frombuffer(memory.buf, dtype=torch.uint8)[:length] for memory in memories]
-    try:
-        with torch.inference_mode():
-            found.put((rank, work(rank, buffers, *arguments), None))
-    except Exception:
-        found.put((rank, None, traceback.format_exc()))
-
-
 # ── sums ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -111,7 +72,8 @@ def weights(dtype: torch.dtype) -> torch.Tensor:
     return torch.linspace(0.5, 2.0, WIDTH).to(dtype)
 
 
-def sums(rank: int, buffers: list[torch.Tensor], dtype: torch.dtype) -> list[Any]:
+def sums(rank: int, buffers: list[torch.Tensor], barrier: Any, dtype: torch.dtype) -> list[Any]:
+    cuda_sequence_parallel.LEAST_ROWS = STEPS[0]
     ranks = CudaSequenceParallel(rank, buffers, WIDTH, MAX_ROWS, dtype, Inline)
     outs: list[Any] = []
     for step, rows in enumerate(STEPS):
@@ -161,7 +123,10 @@ def attend(layer: int, heads: torch.Tensor, norms: Any) -> torch.Tensor:
     return torch.tanh(mixed).reshape(len(heads), -1)
 
 
-def hidden_states(rank: int, buffers: list[torch.Tensor], directory: Path, store: str, width: int) -> list[Any]:
+def hidden_states(
+    rank: int, buffers: list[torch.Tensor], barrier: Any, directory: Path, store: str, width: int
+) -> list[Any]:
+    cuda_sequence_parallel.LEAST_ROWS = STEPS[0]
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
     tp = TensorParallel(rank, 2, dist.group.WORLD)
     shard = Shard.of(EngineConfig(tp_size=2), read_model_config(directory), rank)
