@@ -34,7 +34,6 @@ _MIN_SHARED = 64  # tokens; a shorter prefix is not worth a tile
 class Prefill:
     positions: Tensor  # [tokens] int32
     slots: Tensor  # [tokens] int32
-    chunks: Chunks
     pieces: list[PrefillBatch]  # of the tokens, one after the other
     sampled: Tensor  # [sampling chunks] int32: index of the token whose logits are sampled
     sample_slots: Tensor  # [sampling chunks] int32
@@ -225,7 +224,8 @@ class DeviceState:
 
     def begin_prefill(self, prefill: Prefill) -> Tensor:
         """Advance the chunks; returns their token ids [tokens] int32."""
-        self.lengths[prefill.chunks.device_slots] = prefill.chunks.device_lengths
+        for piece in prefill.pieces:  # of a chunk in several the last one has its end
+            self.lengths[piece.chunks.device_slots] = piece.chunks.device_lengths
         return self.token_ids[prefill.slots, prefill.positions]
 
     # ── what is staged ──────────────────────────────────────────────────────────────────────────────────────
@@ -255,20 +255,17 @@ class DeviceState:
             chosen, begins, num_tokens = cut(firsts, ends, tokens)
             before = cached[chosen] + begins - firsts[chosen]
             tile_list = tiles(begins - tokens.start, num_tokens, slots[chosen], before, self._tile_tokens)
-            chunks = self._put_chunks(slots[chosen], num_tokens, before + num_tokens)
+            lengths = before + num_tokens
+            chunks = Chunks(num_tokens, lengths, put(slots[chosen]), put(lengths))
             pieces.append(PrefillBatch(positions[tokens], by_token[tokens], put(tile_list), chunks))
         return Prefill(
             positions=positions,
             slots=by_token,
-            chunks=pieces[0].chunks if len(pieces) == 1 else self._put_chunks(slots, counts, cached + counts),
             pieces=pieces,
             sampled=put(ends[sample] - 1),
             sample_slots=put(slots[sample]),
             special=self._put_special(slots[sample]),
         )
-
-    def _put_chunks(self, slots: Ints, num_tokens: Ints, lengths: Ints) -> Chunks:
-        return Chunks(num_tokens, lengths, self._staging.put(slots), self._staging.put(lengths))
 
     def _put_places(self, step: DeviceStep) -> Tensor:
         """[3, rows]: where the step's tokens belong and which they are, but for slots that have other requests now."""

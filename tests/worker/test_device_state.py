@@ -72,7 +72,8 @@ def test_a_step_in_pieces_is_the_whole_step():
     prefill = state.stage(StepPlan(0, new, slots=slots, num_tokens=tokens, sample=every)).prefill
     assert prefill.positions.tolist() == [*range(5), *range(9)]
     assert prefill.slots.tolist() == [1] * 5 + [0] * 9
-    assert (prefill.chunks.num_tokens.tolist(), prefill.chunks.lengths.tolist()) == ([5, 9], [5, 9])
+    assert state.begin_prefill(prefill).tolist() == [*range(5), *range(9)]
+    assert state.lengths.tolist() == [9, 5]
     assert prefill.sampled.tolist() == [4, 13]
     first, second = prefill.pieces
     assert (first.positions.tolist(), first.slots.tolist()) == ([*range(5), 0, 1], [1] * 5 + [0] * 2)
