@@ -25,7 +25,7 @@ from torch import Tensor
 from radix_backend.layers.cuda_queue import Copy, Counters, CudaQueue, Queue
 
 LEAST_ROWS = 8192  # with fewer, launching takes the CPU longer than the GPU computes
-_CUTS = (1 / 3, 2 / 3)  # where rows are cut: the sum of one piece is beside half a layer of the two others
+_CUTS = (1 / 2,)  # where rows are cut: the sum of one piece is beside products of the others
 _PIECES = len(_CUTS) + 1
 _ALIGNMENT = 256  # rows of a product's tile
 _COUNTER_BYTES = 4

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +20,6 @@ from radix_backend.layers.rope import cos_sin_table
 from radix_backend.layers.tensor_parallel import ALONE, TensorParallel
 from radix_backend.loading.checkpoint import Part, Weights
 from radix_backend.loading.sharding import Shard
-
-if TYPE_CHECKING:
-    from radix_backend.layers.cuda_sequence_parallel import Piece
 
 Norms = tuple[Tensor, Tensor]  # of each head of q and of k, [head_dim]
 
@@ -135,32 +132,27 @@ class Decoder:
     def _forward_pieces(self, residual: Tensor, attends: Sequence[Attend], rows: Tensor | None) -> Hidden:
         """Between products the ranks share the rows: each has the residual stream of its share alone.
 
-        A piece's sums are beside products of the others: its MLP comes after the next piece's attention, and its next
-        attention after another MLP, so that there are about as many on either side.
+        A piece's sums are beside products of the others: all attend before the first one's MLP.
         """
-        eps, last = self.config.rms_norm_eps, self._layers[-1]
-        pieces = self._tp.share(residual, self._add_rms_norm(residual, None, self._layers[0].input_norm))
-        outs: list[Tensor] = []
-        waiting: tuple[Piece, _Layer, Tensor] | None = None
-        for index, layer in enumerate(self._layers):
+        eps, layers = self.config.rms_norm_eps, self._layers
+        pieces = self._tp.share(residual, self._add_rms_norm(residual, None, layers[0].input_norm))
+        for index, (layer, following) in enumerate(pairwise(layers)):
             for piece, attend in zip(pieces, attends, strict=True):
-                heads = layer.qkv(piece.normed()).view(len(piece.part), -1, self.config.head_dim)
-                attended = attend(index, heads, layer.qk_norm)
-                if layer is last:
-                    outs.append(attended)
-                else:
-                    layer.output(attended, piece.part)
-                    piece.add_rms_norm(layer.mlp_norm, eps)
-                if waiting is not None:
-                    self._mlp_of_piece(*waiting)
-                waiting = None if layer is last else (piece, layer, self._layers[index + 1].input_norm)
+                layer.output(self._attended(index, layer, attend, piece.normed()), piece.part)
+                piece.add_rms_norm(layer.mlp_norm, eps)
+            for piece in pieces:
+                layer.down(self._ops.silu_mul(layer.gate_up(piece.normed())), piece.part)
+                piece.add_rms_norm(following.input_norm, eps)
+        index, last = len(layers) - 1, layers[-1]
+        outs = [
+            self._attended(index, last, attend, piece.normed()) for piece, attend in zip(pieces, attends, strict=True)
+        ]
         attended, residual = torch.cat(outs), self._tp.whole(residual, pieces, rows)
         part = self._finish(last, _Products(self._ops), residual, attended if rows is None else attended[rows])
         return Hidden(residual, self._tp.all_reduce(part))
 
-    def _mlp_of_piece(self, piece: Piece, layer: _Layer, next_norm: Tensor) -> None:
-        layer.down(self._ops.silu_mul(layer.gate_up(piece.normed())), piece.part)
-        piece.add_rms_norm(next_norm, self.config.rms_norm_eps)
+    def _attended(self, index: int, layer: _Layer, attend: Attend, x: Tensor) -> Tensor:
+        return attend(index, layer.qkv(x).view(len(x), -1, self.config.head_dim), layer.qk_norm)
 
     def _add_rms_norm(self, residual: Tensor, part: Tensor | None, weight: Tensor) -> Tensor:
         """``part`` [tokens, hidden] is this rank's of a sum."""
