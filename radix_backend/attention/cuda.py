@@ -69,8 +69,7 @@ class AttentionSetup:
 class CudaAttention:
     """Every layer writes the KV of all tokens of a batch before any of them attends (see `AttentionBackend`).
 
-    Where a step's chunks are cut into several batches, a chunk may read pages that its own or an earlier one fills:
-    `DeviceState.stage` puts them in that order.
+    Where a step's chunks are cut into several batches, a chunk may read pages that its own or an earlier one fills.
     """
 
     def __init__(self, pool: KVPool, setup: AttentionSetup) -> None:

@@ -335,7 +335,7 @@ class Scheduler:
             rows.sync_pages(request)
             self._advance(request, 1, rows.step)
         counts = {**dict.fromkeys(rows.decodes, 1), **rows.prefills}
-        order = sorted(counts, key=lambda request: counts[request] > 1)  # single tokens first
+        order = list(counts)
         sample = [request.num_computed == request.num_tokens for request in order]
         for request, sampled in zip(order, sample, strict=True):
             request.num_in_flight += sampled
@@ -350,7 +350,7 @@ class Scheduler:
             slots=np.array([request.slot for request in order], np.int32),
             num_tokens=np.array([counts[request] for request in order], np.int32),
             sample=np.array(sample, np.bool_),
-            num_decode=sum(count == 1 for count in counts.values()),
+            num_decode=len(rows.decodes),
         )
 
     @staticmethod

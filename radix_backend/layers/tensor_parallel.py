@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from radix_backend.layers.cuda_all_reduce import CudaAllReduce
     from radix_backend.layers.cuda_sequence_parallel import CudaSequenceParallel, Piece
 
+_ALIGNMENT = 256  # bytes of what shares a buffer
+
 
 class TensorParallel:
     """One rank among ``size`` that compute the same layers; alone unless it is given a group.
@@ -39,13 +41,19 @@ class TensorParallel:
         from radix_backend.layers import cuda_all_reduce, cuda_sequence_parallel
 
         assert self._group is not None
-        buffers = _shared_buffers(self._group, cuda_all_reduce.buffer_bytes(self.size, width, dtype))
-        self._small = cuda_all_reduce.CudaAllReduce(self.rank, buffers, width, dtype, **sizes)
+        small = -(-cuda_all_reduce.buffer_bytes(self.size, width, dtype) // _ALIGNMENT) * _ALIGNMENT
+        many = 0
         if max_rows >= cuda_sequence_parallel.LEAST_ROWS:
-            size = cuda_sequence_parallel.buffer_bytes(self.size, width, max_rows, dtype)
-            buffers = _shared_buffers(self._group, size)
-            buffers[self.rank].zero_()
-            self.use_shares(cuda_sequence_parallel.CudaSequenceParallel(self.rank, buffers, width, max_rows, dtype))
+            many = cuda_sequence_parallel.buffer_bytes(self.size, width, max_rows, dtype)
+        # All at once: a rank that finds no room for the second of two would leave the others waiting for it.
+        buffers = _shared_buffers(self._group, small + many)
+        self._small = cuda_all_reduce.CudaAllReduce(
+            self.rank, [each[:small] for each in buffers], width, dtype, **sizes
+        )
+        if many:
+            buffers[self.rank][small:].zero_()
+            shared = [each[small:] for each in buffers]
+            self.use_shares(cuda_sequence_parallel.CudaSequenceParallel(self.rank, shared, width, max_rows, dtype))
         torch.cuda.synchronize()
 
     def use_shares(self, ranks: CudaSequenceParallel) -> None:

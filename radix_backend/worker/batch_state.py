@@ -102,7 +102,7 @@ class BatchState:
             sampled=self._move(ends[plan.sample] - 1),
             sample_slots=sample_slots,
             sample_positions=self._num_computed[sample_slots],
-            scored=self._prompt_scores.spans(slots, cached, counts, np.cumsum(counts), self.token_ids),
+            scored=self._prompt_scores.spans(slots, cached, counts, self.token_ids),
         )
 
     def sampling_rows(self, step: StepInput) -> SamplingRows:

@@ -286,7 +286,6 @@ class CudaRunner:
             rows,
             device,
             max_steps=steps,
-            max_decode=self._max_decode,
             pieces=tp.pieces,
             has_all_logits=tp.size == 1,
         )

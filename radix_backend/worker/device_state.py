@@ -96,13 +96,11 @@ class DeviceState:
         tile_rows: int,
         device: torch.device,
         max_steps: int = 4,
-        max_decode: int | None = None,
         pieces: Callable[[int], list[slice]] = lambda tokens: [slice(0, tokens)],
         has_all_logits: bool = True,
     ) -> None:
         """``tile_tokens``: of the tiles that chunks are cut into for attention; ``tile_rows``: of those of decodes.
-        ``max_steps``: in flight, and the one being staged. ``max_decode``: decode rows of a step, by default max_bs.
-        ``pieces``: of so many tokens of prefill, by default one.
+        ``max_steps``: in flight, and the one being staged. ``pieces``: of so many tokens of prefill, by default one.
         ``has_all_logits``: no other rank has a part of them."""
         self._page_size, self._tile_tokens, self._tile_rows = page_size, tile_tokens, tile_rows
         self._pieces = pieces
@@ -126,7 +124,6 @@ class DeviceState:
         tiles = DecodeTiles(firsts, counts, ends, skips, places)
         self._decode = DecodeBatch(zeros(max_bs), zeros(max_bs), self.decode_slots, zeros(max_bs), zeros(max_bs), tiles)
         self._tables = np.zeros((max_bs, self.page_table.shape[1]), np.int32)  # the page table, on the CPU
-        self._max_decode = max_decode or max_bs
         # What was staged for slots in the order of a plan, and in which order: microbatches take turns.
         self._arranged: dict[bytes, tuple[Ints, npt.NDArray[np.int64] | None]] = {}
         self._most_arranged = max_steps
@@ -142,19 +139,10 @@ class DeviceState:
         ``late``: earlier steps with the tokens [sampling rows] int32 that another stage has sampled for them.
         """
         self._staging.begin()
-        new_slots = np.array([request.slot for request in plan.new], np.int32)
         for request in plan.new:
             self._enter(request)
             self._entered[request.slot] = plan.step
-        # A request's first row may read pages that this step fills, though it be a single token: it is a chunk.
-        decodes = plan.sample & (plan.num_tokens == 1) & ~np.isin(plan.slots, new_slots)
-        decodes &= np.cumsum(decodes) <= self._max_decode  # the ends of prompts may be more than a microbatch's share
-        decode_rows, chunk_rows = np.flatnonzero(decodes), np.flatnonzero(~decodes)
-        # Only new requests read pages of their own step, of older requests or of new ones before them. A piece can read
-        # what it and earlier pieces write, so chunks lie in that order.
-        turns = np.zeros(len(self._entered), np.int64)
-        turns[new_slots] = np.arange(1, len(new_slots) + 1)
-        chunk_rows = chunk_rows[np.argsort(turns[plan.slots[chunk_rows]], kind="stable")]
+        decode_rows, chunk_rows = np.split(np.arange(len(plan.slots)), [plan.num_decode])
         decode_rows = decode_rows[self._arrange(plan, plan.slots[decode_rows])]
         self._staging.put(self._rows.words)
         deltas = self._put_deltas(plan)
@@ -173,9 +161,6 @@ class DeviceState:
             target.copy_(staged)
         sampled = np.concatenate([decode_rows, chunk_rows[plan.sample[chunk_rows]]])
         sample_slots = plan.slots[sampled]
-        ends = np.cumsum(plan.num_tokens[chunk_rows])
-        in_plan = np.argsort(chunk_rows)  # what is scored is reported in the order of the plan
-        planned = chunk_rows[in_plan]
         return DeviceStep(
             number=plan.step,
             num_decode=len(decode_rows),
@@ -185,7 +170,7 @@ class DeviceState:
             order=np.argsort(sampled),
             special=special,
             scored=self._prompt_scores.spans(
-                plan.slots[planned], cached[planned], plan.num_tokens[planned], ends[in_plan], self.token_ids
+                plan.slots[chunk_rows], cached[chunk_rows], plan.num_tokens[chunk_rows], self.token_ids
             ),
         )
 

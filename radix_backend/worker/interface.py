@@ -44,7 +44,8 @@ class StepPlan:
 
     Row ``i`` computes the next ``num_tokens[i]`` tokens of the request in ``slots[i]``, writing their KV, and samples
     one token after them if ``sample[i]``. The first ``num_decode`` rows are decodes: one token each, which may be the
-    one that the previous step sampled and nobody on the CPU has seen yet.
+    one that the previous step sampled and nobody on the CPU has seen yet. The others are chunks of prompts: one may
+    read pages that itself or another before it fills in this step.
     """
 
     step: int

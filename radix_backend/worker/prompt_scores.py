@@ -43,18 +43,14 @@ class PromptScores:
         self._num_scored[request.slot] = max(request.num_scored, 1)
 
     def spans(
-        self,
-        slots: Ints,
-        cached: npt.NDArray[np.int64],
-        num_tokens: npt.NDArray[Any],
-        ends: npt.NDArray[Any],
-        token_ids: Tensor,
+        self, slots: Ints, cached: npt.NDArray[np.int64], num_tokens: npt.NDArray[Any], token_ids: Tensor
     ) -> list[ScoredSpan]:
-        """Of rows: ``num_tokens`` [rows] of ``slots``, after ``cached`` others, up to the step's token ``ends`` [rows].
+        """Of rows that lie one after the other: ``num_tokens`` [rows] of ``slots``, after ``cached`` others.
 
         ``token_ids`` [slots, positions] int32 hold the prompts.
         """
         found = []
+        ends = np.cumsum(num_tokens)
         for row in np.flatnonzero(self._count[slots] != _NONE).tolist():
             slot, after = int(slots[row]), int(cached[row]) + int(num_tokens[row])
             first = max(int(cached[row]) + 1, int(self._num_scored[slot]))

@@ -87,10 +87,11 @@ class SimWorker:
         self.table[plan.page_slots, plan.page_index] = plan.page_ids
         assert len(set(plan.slots.tolist())) == len(plan.slots)
         assert (plan.num_tokens[: plan.num_decode] == 1).all()
-        assert (plan.num_tokens[plan.num_decode :] > 1).all()
+        assert plan.sample[: plan.num_decode].all()
+        assert not {new.slot for new in plan.new} & set(plan.slots[: plan.num_decode].tolist())
         rows = list(zip(plan.slots.tolist(), plan.num_tokens.tolist(), plan.sample.tolist(), strict=True))
-        written: set[tuple[int, int]] = set()
-        for slot, count, _ in rows:  # every row writes the KV of its tokens …
+        written: dict[tuple[int, int], int] = {}
+        for row, (slot, count, _) in enumerate(rows):  # every row writes the KV of its tokens …
             prefix = 0
             for position in range(self.computed[slot] + count):
                 token = int(self.tokens[slot, position])
@@ -99,19 +100,22 @@ class SimWorker:
                 if position >= self.computed[slot]:
                     at = self._at(slot, position)
                     assert at not in written, f"two rows write {at} in one step"
-                    written.add(at)
+                    written[at] = row
                     self.kv[at] = prefix
         sampled, scored = [], []
         for slot, count, _ in rows:
             if scores := self._score(self.described[slot], int(self.computed[slot]), count):
                 scored.append(scores)
-        for slot, count, samples in rows:  # … before any row reads the KV of its whole prefix
+        # … before any reads that of its whole prefix; a step may be cut, so what it reads lies in no row after it.
+        for row, (slot, count, samples) in enumerate(rows):
             self.computed[slot] += count
             self.num_computed_tokens += count
             prefix = 0
             for position in range(self.computed[slot]):
                 prefix = extend_hash(prefix, int(self.tokens[slot, position]))
-                assert self.kv[self._at(slot, position)] == prefix, f"wrong KV at position {position} of slot {slot}"
+                at = self._at(slot, position)
+                assert self.kv[at] == prefix, f"wrong KV at position {position} of slot {slot}"
+                assert written.get(at, 0) <= row, f"row {row} reads what row {written[at]} writes"
             if samples:
                 token = next_token(prefix)
                 self.under_way.append((plan.step, slot, int(self.computed[slot]), token))

@@ -58,10 +58,12 @@ class Driver:
         self._pages += [(row.slot, i, page) for i, page in enumerate(pages)]
 
     def launch(self, *rows: tuple[Row, int]) -> list[Row]:
-        """One step computing so many tokens of each row, decodes (of one token) first. Returns the sampling rows.
+        """One step computing so many tokens of each row, decodes first. Returns the sampling rows.
 
         Pages are handed out in the order of the arguments.
         """
+        chunks = [each for each in rows if each[0].computed < len(each[0].tokens) - len(each[0].outputs)]
+        order = [each for each in rows if each not in chunks] + chunks
         for row, count in rows:
             row.computed += count
             while len(row.pages) * self.page_size < row.computed:
@@ -69,7 +71,6 @@ class Driver:
                 self._next_page += 1
             self._pages += [(row.slot, i, row.pages[i]) for i in range(self._sent[row.slot], len(row.pages))]
             self._sent[row.slot] = len(row.pages)
-        order = sorted(rows, key=lambda row: row[1] > 1)
         sample = [row.computed >= len(row.tokens) for row, _ in order]
         self._step += 1
         columns = np.array(self._pages, np.int32).reshape(-1, 3)
@@ -83,7 +84,7 @@ class Driver:
                 slots=np.array([row.slot for row, _ in order], np.int32),
                 num_tokens=np.array([count for _, count in order], np.int32),
                 sample=np.array(sample, np.bool_),
-                num_decode=sum(count == 1 for _, count in order),
+                num_decode=len(rows) - len(chunks),
             )
         )
         self._plan, self._pages = StepPlan(0), []

@@ -26,7 +26,10 @@ def steps_that_are_special(count, **sampling):
     special = []
     for step in range(count):
         tokens = np.array([1 if step else 5], np.int32)
-        staged = state.stage(StepPlan(step, [] if step else new, slots=slots, num_tokens=tokens, sample=every))
+        plan = StepPlan(
+            step, [] if step else new, slots=slots, num_tokens=tokens, sample=every, num_decode=int(step > 0)
+        )
+        staged = state.stage(plan)
         rows = staged.special if step else staged.prefill.special
         special.append(rows is not None)
         if rows is not None:
@@ -88,7 +91,7 @@ def test_a_step_in_pieces_is_the_whole_step():
 
 
 def test_whoever_fills_a_page_comes_before_its_readers():
-    """The scheduler puts single tokens first, such as the last one of a prompt that equals another's."""
+    """One of them has a single token left, as a prompt that equals another's."""
     state = DeviceState(8, 64, 16, 4, 8, torch.device(DEVICE), pieces=lambda tokens: [slice(0, 20), slice(20, tokens)])
     engine = SimEngine(num_pages=20, page_size=16, max_bs=8, budget=100)
     other = [engine.add(list(range(10 * i, 10 * i + 9)), 1) for i in range(1, 3)]
@@ -97,16 +100,16 @@ def test_whoever_fills_a_page_comes_before_its_readers():
     scored = engine.add([*range(32), 45], 1, temperature=0.0, prompt_logprobs=1)  # as if alone: it reads no cached page
     plan = engine.scheduler.schedule()
     by_id = {each: request.slot for each, request in engine.scheduler.requests.items()}
-    assert plan.num_tokens[0] == 1
-    assert plan.slots[0] == by_id[reader]
+    assert plan.num_decode == 0
+    assert dict(zip(plan.slots.tolist(), plan.num_tokens.tolist(), strict=True))[by_id[reader]] == 1
     step = state.stage(plan)
-    slots = step.prefill.slots.tolist()
-    assert slots.index(by_id[reader]) > len(slots) - 1 - slots[::-1].index(by_id[writer])
-    assert {by_id[each] for each in (*other, writer, scored)} <= set(slots)
-    ends = np.cumsum([len(list(group)) for _, group in itertools.groupby(slots)])
-    assert step.prefill.sampled.tolist() == (ends - 1).tolist()
+    lying = [(slot, len(list(group))) for slot, group in itertools.groupby(step.prefill.slots.tolist())]
+    assert lying == list(zip(plan.slots.tolist(), plan.num_tokens.tolist(), strict=True))
+    slots = [slot for slot, _ in lying]
+    assert slots.index(by_id[reader]) > slots.index(by_id[writer])
+    assert set(slots) == {by_id[each] for each in (*other, writer, reader, scored)}
+    assert step.prefill.sampled.tolist() == (np.cumsum(plan.num_tokens) - 1).tolist()
     assert step.sample_slots[step.order].tolist() == plan.slots[plan.sample].tolist()
-    # What is scored comes in the order of the plan, from where it lies.
-    wanted = [slot for slot in plan.slots.tolist() if slot in (by_id[writer], by_id[scored])]
-    assert [slots[span.tokens.start] for span in step.scored] == wanted
-    assert [set(slots[span.tokens.start : span.tokens.stop]) for span in step.scored] == [{slot} for slot in wanted]
+    wanted = [slot for slot in slots if slot in (by_id[writer], by_id[scored])]
+    spans = [step.prefill.slots[span.tokens.start : span.tokens.stop].tolist() for span in step.scored]
+    assert [set(span) for span in spans] == [{slot} for slot in wanted]
