@@ -334,21 +334,21 @@ class Scheduler:
         for request in rows.decodes:
             rows.sync_pages(request)
             self._advance(request, 1, rows.step)
+        # Chunks in the order of their commitment: what one reads of this step was published by those before it.
         counts = {**dict.fromkeys(rows.decodes, 1), **rows.prefills}
-        order = list(counts)
-        sample = [request.num_computed == request.num_tokens for request in order]
-        for request, sampled in zip(order, sample, strict=True):
+        sample = [request.num_computed == request.num_tokens for request in counts]
+        for request, sampled in zip(counts, sample, strict=True):
             request.num_in_flight += sampled
-        sampling = [request for request, sampled in zip(order, sample, strict=True) if sampled]
-        self._launched.append(_Launched(rows.step, sampling, [request for request in order if request in rows.scored]))
+        sampling = [request for request, sampled in zip(counts, sample, strict=True) if sampled]
+        self._launched.append(_Launched(rows.step, sampling, [request for request in counts if request in rows.scored]))
         return StepPlan(
             step=rows.step,
             new=rows.new,
             page_slots=np.array(rows.page_slots, np.int32),
             page_index=np.array(rows.page_index, np.int32),
             page_ids=np.array(rows.page_ids, np.int32),
-            slots=np.array([request.slot for request in order], np.int32),
-            num_tokens=np.array([counts[request] for request in order], np.int32),
+            slots=np.array([request.slot for request in counts], np.int32),
+            num_tokens=np.array(list(counts.values()), np.int32),
             sample=np.array(sample, np.bool_),
             num_decode=len(rows.decodes),
         )

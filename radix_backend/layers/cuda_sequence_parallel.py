@@ -25,8 +25,7 @@ from torch import Tensor
 from radix_backend.layers.cuda_queue import Copy, Counters, CudaQueue, Queue
 
 LEAST_ROWS = 8192  # with fewer, launching takes the CPU longer than the GPU computes
-_CUTS = (1 / 2,)  # where rows are cut: the sum of one piece is beside products of the others
-_PIECES = len(_CUTS) + 1
+_PIECES = 2  # that rows are cut into: the sum of one is beside products of the other
 _ALIGNMENT = 256  # rows of a product's tile
 _COUNTER_BYTES = 4
 
@@ -65,7 +64,7 @@ class CudaSequenceParallel:
 
     def cut(self, rows: int) -> list[slice]:
         """The pieces of so many rows, which `takes` accepts."""
-        inner = [int(rows * at) // _ALIGNMENT * _ALIGNMENT for at in _CUTS]
+        inner = [rows * piece // _PIECES // _ALIGNMENT * _ALIGNMENT for piece in range(1, _PIECES)]
         return [slice(*piece) for piece in pairwise([0, *inner, rows])]
 
     def share(self, residual: Tensor, normed: Tensor) -> list[Piece]:

@@ -45,7 +45,7 @@ class TensorParallel:
         many = 0
         if max_rows >= cuda_sequence_parallel.LEAST_ROWS:
             many = cuda_sequence_parallel.buffer_bytes(self.size, width, max_rows, dtype)
-        # All at once: a rank that finds no room for the second of two would leave the others waiting for it.
+        # All at once: the others wait here for a rank that finds no room, so there is one place where that can happen.
         buffers = _shared_buffers(self._group, small + many)
         self._small = cuda_all_reduce.CudaAllReduce(
             self.rank, [each[:small] for each in buffers], width, dtype, **sizes

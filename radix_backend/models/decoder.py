@@ -116,8 +116,7 @@ class Decoder:
         products, part = few or _Products(self._ops), None
         for index, layer in enumerate(self._layers):
             x = self._add_rms_norm(residual, part, layer.input_norm)
-            heads = products.product(x, layer.qkv).view(len(x), -1, self.config.head_dim)
-            attended = attend(index, heads, layer.qk_norm)
+            attended = self._attended(index, layer, attend, products.product(x, layer.qkv))
             if rows is not None and index == len(self._layers) - 1:
                 attended, residual = attended[rows], residual[rows]
             part = self._finish(layer, products, residual, attended)
@@ -134,25 +133,26 @@ class Decoder:
 
         A piece's sums are beside products of the others: all attend before the first one's MLP.
         """
-        eps, layers = self.config.rms_norm_eps, self._layers
+        eps, layers, products = self.config.rms_norm_eps, self._layers, _Products(self._ops)
         pieces = self._tp.share(residual, self._add_rms_norm(residual, None, layers[0].input_norm))
         for index, (layer, following) in enumerate(pairwise(layers)):
             for piece, attend in zip(pieces, attends, strict=True):
-                layer.output(self._attended(index, layer, attend, piece.normed()), piece.part)
+                layer.output(self._attended(index, layer, attend, layer.qkv(piece.normed())), piece.part)
                 piece.add_rms_norm(layer.mlp_norm, eps)
             for piece in pieces:
-                layer.down(self._ops.silu_mul(layer.gate_up(piece.normed())), piece.part)
+                layer.down(products.gated(piece.normed(), layer.gate_up), piece.part)
                 piece.add_rms_norm(following.input_norm, eps)
         index, last = len(layers) - 1, layers[-1]
         outs = [
-            self._attended(index, last, attend, piece.normed()) for piece, attend in zip(pieces, attends, strict=True)
+            self._attended(index, last, attend, last.qkv(piece.normed()))
+            for piece, attend in zip(pieces, attends, strict=True)
         ]
         attended, residual = torch.cat(outs), self._tp.whole(residual, pieces, rows)
-        part = self._finish(last, _Products(self._ops), residual, attended if rows is None else attended[rows])
+        part = self._finish(last, products, residual, attended if rows is None else attended[rows])
         return Hidden(residual, self._tp.all_reduce(part))
 
-    def _attended(self, index: int, layer: _Layer, attend: Attend, x: Tensor) -> Tensor:
-        return attend(index, layer.qkv(x).view(len(x), -1, self.config.head_dim), layer.qk_norm)
+    def _attended(self, index: int, layer: _Layer, attend: Attend, qkv: Tensor) -> Tensor:
+        return attend(index, qkv.view(len(qkv), -1, self.config.head_dim), layer.qk_norm)
 
     def _add_rms_norm(self, residual: Tensor, part: Tensor | None, weight: Tensor) -> Tensor:
         """``part`` [tokens, hidden] is this rank's of a sum."""
@@ -174,8 +174,7 @@ class Decoder:
         eps = self.config.rms_norm_eps
         for index, layer in enumerate(self._layers):
             qkv = few.normed_product(residual, layer.input_norm, eps, layer.qkv)
-            heads = qkv.view(len(qkv), -1, self.config.head_dim)
-            few.add_product(residual, attend(index, heads, layer.qk_norm), layer.output)
+            few.add_product(residual, self._attended(index, layer, attend, qkv), layer.output)
             inner = few.gated_product(residual, layer.mlp_norm, eps, layer.gate_up)
             few.add_product(residual, inner, layer.down)
         return Hidden(residual if rows is None else residual[rows], None)

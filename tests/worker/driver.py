@@ -24,6 +24,11 @@ class Row:
     outputs: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
 
+    @property
+    def is_prefilling(self) -> bool:
+        """Whether some of what it came with is not computed yet."""
+        return self.computed < len(self.tokens) - len(self.outputs)
+
 
 class Driver:
     """Hands pages out in ascending order; none comes back unless a row names it itself."""
@@ -62,8 +67,8 @@ class Driver:
 
         Pages are handed out in the order of the arguments.
         """
-        chunks = [each for each in rows if each[0].computed < len(each[0].tokens) - len(each[0].outputs)]
-        order = [each for each in rows if each not in chunks] + chunks
+        order = sorted(rows, key=lambda row: row[0].is_prefilling)
+        num_decode = sum(not row.is_prefilling for row, _ in rows)
         for row, count in rows:
             row.computed += count
             while len(row.pages) * self.page_size < row.computed:
@@ -84,7 +89,7 @@ class Driver:
                 slots=np.array([row.slot for row, _ in order], np.int32),
                 num_tokens=np.array([count for _, count in order], np.int32),
                 sample=np.array(sample, np.bool_),
-                num_decode=len(rows) - len(chunks),
+                num_decode=num_decode,
             )
         )
         self._plan, self._pages = StepPlan(0), []
